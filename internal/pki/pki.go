@@ -1,0 +1,233 @@
+// Package pki is the built-in certificate authority for labs and closed networks: one root, ECDSA P-256, files in PEM.
+package pki
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/big"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/google/renameio/v2"
+
+	"github.com/dstm-project/dstm/internal/tlsid"
+)
+
+const (
+	caCert = "ca.pem"
+	caKey  = "ca.key"
+	// backdate lets a machine whose clock is a little behind use a certificate at once.
+	backdate = 5 * time.Minute
+)
+
+// DefaultValid is the validity of an issued certificate when none is asked for.
+const DefaultValid = 90 * 24 * time.Hour
+
+// Init makes a new root in dir (ca.pem, ca.key). It refuses to replace one: every certificate out there would die.
+func Init(dir, trustDomain string, valid time.Duration) error {
+	if err := (tlsid.ID{TrustDomain: trustDomain, Cell: "x", Role: tlsid.RoleSvc, Name: "x"}).Check(); err != nil {
+		return fmt.Errorf("pki init: %w", err)
+	}
+	if valid <= 0 {
+		return fmt.Errorf("pki init: validity %s: want more than 0", valid)
+	}
+	for _, f := range []string{caCert, caKey} {
+		if _, err := os.Lstat(filepath.Join(dir, f)); !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("pki init: %s exists: choose another directory or remove it yourself", filepath.Join(dir, f))
+		}
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("pki init: %w", err)
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return fmt.Errorf("pki init: %w", err)
+	}
+	serial, err := newSerial()
+	if err != nil {
+		return fmt.Errorf("pki init: %w", err)
+	}
+	now := time.Now()
+	tmpl := &x509.Certificate{
+		SerialNumber:          serial,
+		Subject:               pkix.Name{CommonName: "DSTM root " + trustDomain},
+		NotBefore:             now.Add(-backdate),
+		NotAfter:              now.Add(valid),
+		IsCA:                  true,
+		BasicConstraintsValid: true,
+		MaxPathLenZero:        true,
+		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+		URIs:                  []*url.URL{{Scheme: "spiffe", Host: trustDomain}},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
+	if err != nil {
+		return fmt.Errorf("pki init: %w", err)
+	}
+	// The key first: a certificate without its key would make the next init refuse.
+	if err := writeKey(filepath.Join(dir, caKey), key); err != nil {
+		return fmt.Errorf("pki init: %w", err)
+	}
+	if err := writePEM(filepath.Join(dir, caCert), "CERTIFICATE", der, 0o644); err != nil {
+		return fmt.Errorf("pki init: %w", err)
+	}
+	return nil
+}
+
+// Options are what a certificate carries beside its identity.
+type Options struct {
+	DNS       []string      // DNS SANs; the lease service needs the name that callers verify
+	IPs       []netip.Addr  // IP SANs
+	Valid     time.Duration // 0 = DefaultValid; cut to the root's own end
+	NotBefore time.Time     // zero = now, a little back-dated
+}
+
+// Issue makes a key and a certificate for id, signed by the root in dir, as out/<name>.pem and out/<name>.key. It
+// replaces earlier files of that name atomically, which is how certificates are renewed under running daemons.
+func Issue(dir, out string, id tlsid.ID, o Options) (tlsid.Files, error) {
+	f := tlsid.Files{
+		Cert: filepath.Join(out, id.Name+".pem"), Key: filepath.Join(out, id.Name+".key"), CA: filepath.Join(dir, caCert),
+	}
+	if err := issue(dir, f, id, o); err != nil {
+		return tlsid.Files{}, fmt.Errorf("pki issue %s: %w", id.Name, err)
+	}
+	return f, nil
+}
+
+func issue(dir string, f tlsid.Files, id tlsid.ID, o Options) error {
+	if err := id.Check(); err != nil {
+		return err
+	}
+	root, rootKey, err := readRoot(dir)
+	if err != nil {
+		return err
+	}
+	if want := root.URIs; len(want) != 1 || want[0].Host != id.TrustDomain {
+		return fmt.Errorf("trust domain %q: the root in %s is %q", id.TrustDomain, dir, root.Subject.CommonName)
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	tmpl, err := leaf(root, id, o)
+	if err != nil {
+		return err
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, root, key.Public(), rootKey)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(f.Cert), 0o755); err != nil {
+		return err
+	}
+	if err := writeKey(f.Key, key); err != nil {
+		return err
+	}
+	return writePEM(f.Cert, "CERTIFICATE", der, 0o644)
+}
+
+func leaf(root *x509.Certificate, id tlsid.ID, o Options) (*x509.Certificate, error) {
+	uri, err := url.Parse(id.String())
+	if err != nil {
+		return nil, err
+	}
+	serial, err := newSerial()
+	if err != nil {
+		return nil, err
+	}
+	if o.Valid == 0 {
+		o.Valid = DefaultValid
+	}
+	if o.Valid < 0 {
+		return nil, fmt.Errorf("validity %s: want more than 0", o.Valid)
+	}
+	if o.NotBefore.IsZero() {
+		o.NotBefore = time.Now().Add(-backdate)
+		o.Valid += backdate
+	}
+	end := o.NotBefore.Add(o.Valid)
+	if end.After(root.NotAfter) {
+		end = root.NotAfter
+	}
+	c := &x509.Certificate{
+		SerialNumber: serial,
+		Subject:      pkix.Name{CommonName: id.Name},
+		NotBefore:    o.NotBefore,
+		NotAfter:     end,
+		KeyUsage:     x509.KeyUsageDigitalSignature,
+		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		URIs:         []*url.URL{uri},
+		DNSNames:     o.DNS,
+	}
+	// Gateways answer each other's questions, so they serve as well as call.
+	if id.Role == tlsid.RoleSvc || id.Role == tlsid.RoleTEP {
+		c.ExtKeyUsage = append(c.ExtKeyUsage, x509.ExtKeyUsageServerAuth)
+	}
+	for _, ip := range o.IPs {
+		c.IPAddresses = append(c.IPAddresses, net.IP(ip.AsSlice()))
+	}
+	return c, nil
+}
+
+func readRoot(dir string) (*x509.Certificate, *ecdsa.PrivateKey, error) {
+	cb, err := readPEM(filepath.Join(dir, caCert), "CERTIFICATE")
+	if err != nil {
+		return nil, nil, err
+	}
+	cert, err := x509.ParseCertificate(cb)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", filepath.Join(dir, caCert), err)
+	}
+	kb, err := readPEM(filepath.Join(dir, caKey), "PRIVATE KEY")
+	if err != nil {
+		return nil, nil, err
+	}
+	k, err := x509.ParsePKCS8PrivateKey(kb)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", filepath.Join(dir, caKey), err)
+	}
+	key, ok := k.(*ecdsa.PrivateKey)
+	if !ok {
+		return nil, nil, fmt.Errorf("%s: key is %T: want ECDSA", filepath.Join(dir, caKey), k)
+	}
+	if time.Now().After(cert.NotAfter) {
+		return nil, nil, fmt.Errorf("%s: root expired at %s", filepath.Join(dir, caCert), cert.NotAfter.UTC().Format(time.RFC3339))
+	}
+	return cert, key, nil
+}
+
+func newSerial() (*big.Int, error) { return rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127)) }
+
+func readPEM(path, kind string) ([]byte, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	blk, _ := pem.Decode(b)
+	if blk == nil || blk.Type != kind {
+		return nil, fmt.Errorf("%s: no PEM block %q in it", path, kind)
+	}
+	return blk.Bytes, nil
+}
+
+func writeKey(path string, key *ecdsa.PrivateKey) error {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return err
+	}
+	return writePEM(path, "PRIVATE KEY", der, 0o600)
+}
+
+func writePEM(path, kind string, der []byte, mode os.FileMode) error {
+	return renameio.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), mode, renameio.IgnoreUmask())
+}
