@@ -114,27 +114,9 @@ func Parse[T any](name string, data []byte, check func(*T, *Report)) (*T, error)
 	if len(data) > MaxSize {
 		return nil, &Error{[]Problem{{File: name, Msg: fmt.Sprintf("configuration is larger than %d bytes", MaxSize)}}}
 	}
-	file, err := parser.ParseBytes(data, 0)
-	if err != nil {
-		return nil, decodeError(name, err, nil)
-	}
-	if len(file.Docs) > 1 {
-		return nil, &Error{[]Problem{{File: name, Msg: fmt.Sprintf("%d YAML documents: want one", len(file.Docs))}}}
-	}
-	r.file = file
 	v := new(T)
-	if d, ok := any(v).(Defaulter); ok {
-		d.Defaults()
-	}
-	if len(file.Docs) == 1 && file.Docs[0].Body != nil {
-		r.checkScalars(reflect.TypeFor[T](), file.Docs[0].Body)
-	}
-	if len(r.problems) > 0 {
-		return nil, r.err()
-	}
-	dec := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict())
-	if err := dec.Decode(v); err != nil && !errors.Is(err, io.EOF) {
-		return nil, decodeError(name, err, reflect.TypeFor[T]())
+	if err := r.decode(data, v, reflect.TypeFor[T]()); err != nil {
+		return nil, err
 	}
 	if check != nil {
 		check(v, r)
@@ -143,6 +125,37 @@ func Parse[T any](name string, data []byte, check func(*T, *Report)) (*T, error)
 		return nil, r.err()
 	}
 	return v, nil
+}
+
+// decode parses data into v, which points to a root. The YAML library panics on some malformed tags and aliases (found by
+// fuzzing); for an operator that is a file that cannot be read, like any other syntax error.
+func (r *Report) decode(data []byte, v any, root reflect.Type) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = &Error{[]Problem{{File: r.name, Msg: fmt.Sprintf("cannot be read as YAML: %v", p)}}}
+		}
+	}()
+	r.file, err = parser.ParseBytes(data, 0)
+	if err != nil {
+		return decodeError(r.name, err, nil)
+	}
+	if len(r.file.Docs) > 1 {
+		return &Error{[]Problem{{File: r.name, Msg: fmt.Sprintf("%d YAML documents: want one", len(r.file.Docs))}}}
+	}
+	if d, ok := v.(Defaulter); ok {
+		d.Defaults()
+	}
+	if len(r.file.Docs) == 1 && r.file.Docs[0].Body != nil {
+		r.checkScalars(root, r.file.Docs[0].Body)
+	}
+	if len(r.problems) > 0 {
+		return r.err()
+	}
+	dec := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict())
+	if err := dec.Decode(v); err != nil && !errors.Is(err, io.EOF) {
+		return decodeError(r.name, err, root)
+	}
+	return nil
 }
 
 // err returns the problems in the order of the file.
