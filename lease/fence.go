@@ -1,0 +1,165 @@
+package lease
+
+import (
+	"fmt"
+	"slices"
+	"time"
+)
+
+// FenceConfig says how long a gateway may forward without hearing from the service.
+type FenceConfig struct {
+	FailStatic time.Duration // D: the deadline granted with every session reply, counted from the gateway's own send time
+	RatePPM    int64         // by how much the clocks of two machines may run apart; 0 = 500
+	MaxLag     time.Duration // a gateway whose acknowledgement is this late serves no more; 0 = 1s
+}
+
+// FenceSet knows every gateway that may still forward for the cell, and up to which revoke all of them are fenced (F4).
+// A gateway joins with its first Hello, before it gets a byte, and stays: membership is durable. Deadlines are not; a
+// restarted service assumes the full horizon for every member.
+//
+// Only its current session speaks for a gateway: a Hello, from a new process (instance) or the same one, ends the
+// session before it, and what was acknowledged there counts no more. FenceSet has no clock; like Core it is used by one
+// goroutine, and now must never go back.
+type FenceSet struct {
+	cfg   FenceConfig
+	teps  map[string]*member
+	head  Rev
+	marks []mark // publication times of revisions, newest last; see Serving
+}
+
+type member struct {
+	Member
+	live     bool
+	acked    Rev
+	deadline time.Duration // the service's, later than the gateway's own
+}
+
+type mark struct {
+	rev Rev
+	at  time.Duration
+}
+
+// Member is what the store keeps of a gateway.
+type Member struct {
+	TEP      string
+	Instance string
+	Session  uint64 // the newest session given out; sessions of one gateway only grow
+}
+
+// TEPStatus is one member as operators see it.
+type TEPStatus struct {
+	Member
+	Live     bool // its stream is up
+	Serving  bool // see FenceSet.Serving
+	Acked    Rev  // in this session
+	Head     Rev
+	Deadline time.Duration // until the service counts it as fenced by time; 0 = it is
+}
+
+// NewFenceSet returns the fence set of the members that the store knows. Each may have a grant that was made just
+// before the restart, so each gets the full horizon.
+func NewFenceSet(cfg FenceConfig, now time.Duration, head Rev, members ...Member) *FenceSet {
+	if cfg.RatePPM == 0 {
+		cfg.RatePPM = 500
+	}
+	if cfg.MaxLag == 0 {
+		cfg.MaxLag = time.Second
+	}
+	f := &FenceSet{cfg: cfg, teps: map[string]*member{}, head: head}
+	for _, m := range members {
+		f.teps[m.TEP] = &member{Member: m, deadline: now + f.horizon()}
+	}
+	return f
+}
+
+// horizon is D on the slowest clock that is allowed.
+func (f *FenceSet) horizon() time.Duration {
+	d := f.cfg.FailStatic
+	return d + time.Duration(int64(d)/1_000_000*f.cfg.RatePPM) + time.Millisecond
+}
+
+// Hello begins a session and returns the member record, which must be durable before anything is sent to the gateway.
+func (f *FenceSet) Hello(now time.Duration, tep, instance string) Member {
+	m := f.teps[tep]
+	if m == nil {
+		m = &member{Member: Member{TEP: tep}}
+		f.teps[tep] = m
+	}
+	m.Session++
+	m.Instance = instance
+	m.acked, m.live = 0, true
+	m.deadline = max(m.deadline, now)
+	return m.Member
+}
+
+// Grant extends the deadline of the gateway on receipt of its Hello or Heartbeat and returns the reply's GrantNS and
+// Floor. last is Cell.Last at this very moment: every revoke that may already count as fenced because the deadline had
+// run out is at or below it, and the gateway applies those before it forwards again (F7).
+func (f *FenceSet) Grant(now time.Duration, tep string, session uint64, last Rev) (grant time.Duration, floor Rev, err error) {
+	m, err := f.current(tep, session)
+	if err != nil {
+		return 0, 0, err
+	}
+	m.deadline = max(m.deadline, now+f.horizon())
+	return f.cfg.FailStatic, last, nil
+}
+
+// Ack notes what the gateway's packet path holds.
+func (f *FenceSet) Ack(tep string, session uint64, applied Rev) error {
+	m, err := f.current(tep, session)
+	if err != nil {
+		return err
+	}
+	if applied > f.head {
+		return fmt.Errorf("gateway %s acknowledges revision %d, the newest is %d", tep, applied, f.head)
+	}
+	m.acked = max(m.acked, applied)
+	return nil
+}
+
+func (f *FenceSet) current(tep string, session uint64) (*member, error) {
+	m := f.teps[tep]
+	switch {
+	case m == nil:
+		return nil, fmt.Errorf("gateway %s has no session", tep)
+	case m.Session != session:
+		return nil, fmt.Errorf("gateway %s speaks in session %d, its session is %d", tep, session, m.Session)
+	}
+	return m, nil
+}
+
+// Close notes that the stream of a session ended. The gateway goes on forwarding until its deadline.
+func (f *FenceSet) Close(tep string, session uint64) {
+	if m, err := f.current(tep, session); err == nil {
+		m.live = false
+	}
+}
+
+// Publish notes that revisions up to head were sent out at now.
+func (f *FenceSet) Publish(now time.Duration, head Rev) {
+	if head <= f.head {
+		return
+	}
+	f.head = head
+	if n := len(f.marks); n > 0 && now-f.marks[n-1].at < f.cfg.MaxLag/16 {
+		f.marks[n-1].rev = head // coarse on purpose: up to 1/16 of the lag in the gateway's favour, see due
+		return
+	}
+	f.marks = append(f.marks, mark{rev: head, at: now})
+}
+
+// due returns the newest revision that every serving gateway must have acknowledged by now.
+func (f *FenceSet) due(now time.Duration) Rev {
+	old := 0
+	for old+1 < len(f.marks) && now-f.marks[old+1].at >= f.cfg.MaxLag {
+		old++
+	}
+	f.marks = slices.Delete(f.marks, 0, old)
+	if len(f.marks) == 0 {
+		return f.head
+	}
+	if now-f.marks[0].at >= f.cfg.MaxLag {
+		return f.marks[0].rev
+	}
+	return 0
+}
