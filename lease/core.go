@@ -8,15 +8,15 @@ import (
 
 // State is the state of one address.
 //
-//	            Reserve                  Bind (commit)
-//	  FREE ───────────────► RESERVED ───────────────► BOUND(gen)
-//	   ▲ ▲ ◄──── time-out ─────┘            ┌───────────► │ ▲ │ renew: same gen
-//	   │ │        Bind (commit)             │             │ └─┘
-//	   │ └──────────────────────────────────┘             │ release, expiry, revoke, move
-//	   │                                                  ▼
-//	  HOLD ◄──────────────────────────────── REVOKING(gen, revoke_rev) ◄── revoke ── CONFLICT
-//	   │        every gateway of the fence set
-//	   └── Bind by the same host ──► BOUND(new gen)
+//	          Reserve                  Bind (commit)
+//	FREE ───────────────► RESERVED ───────────────► BOUND(gen)
+//	 ▲ ▲ ◄──── time-out ─────┘            ┌───────────► │ ▲ │ renew: same gen
+//	 │ │        Bind (commit)             │             │ └─┘
+//	 │ └──────────────────────────────────┘             │ release, expiry, revoke, move
+//	 │                                                  ▼
+//	HOLD ◄──────────────────────────────── REVOKING(gen, revoke_rev) ◄── revoke ── CONFLICT
+//	 │        every gateway of the fence set
+//	 └── Bind by the same host ──► BOUND(new gen)
 //
 // CONFLICT is entered only when records are loaded that contradict each other; an operator's revoke is the way out.
 type State uint8

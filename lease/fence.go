@@ -24,7 +24,8 @@ type FenceSet struct {
 	cfg   FenceConfig
 	teps  map[string]*member
 	head  Rev
-	marks []mark // publication times of revisions, newest last; see Serving
+	due   Rev    // the newest revision that was published MaxLag ago or earlier
+	marks []mark // publication times of later revisions, oldest first
 }
 
 type member struct {
@@ -65,7 +66,7 @@ func NewFenceSet(cfg FenceConfig, now time.Duration, head Rev, members ...Member
 	if cfg.MaxLag == 0 {
 		cfg.MaxLag = time.Second
 	}
-	f := &FenceSet{cfg: cfg, teps: map[string]*member{}, head: head}
+	f := &FenceSet{cfg: cfg, teps: map[string]*member{}, head: head, due: head}
 	for _, m := range members {
 		f.teps[m.TEP] = &member{Member: m, deadline: now + f.horizon()}
 	}
@@ -142,24 +143,93 @@ func (f *FenceSet) Publish(now time.Duration, head Rev) {
 	}
 	f.head = head
 	if n := len(f.marks); n > 0 && now-f.marks[n-1].at < f.cfg.MaxLag/16 {
-		f.marks[n-1].rev = head // coarse on purpose: up to 1/16 of the lag in the gateway's favour, see due
+		f.marks[n-1].rev = head // one mark per 1/16 of the lag bounds the list; the revision counts as that much older
 		return
 	}
 	f.marks = append(f.marks, mark{rev: head, at: now})
 }
 
-// due returns the newest revision that every serving gateway must have acknowledged by now.
-func (f *FenceSet) due(now time.Duration) Rev {
-	old := 0
-	for old+1 < len(f.marks) && now-f.marks[old+1].at >= f.cfg.MaxLag {
-		old++
+// advance moves due to the newest revision that was published MaxLag ago or earlier.
+func (f *FenceSet) advance(now time.Duration) {
+	n := 0
+	for n < len(f.marks) && now-f.marks[n].at >= f.cfg.MaxLag {
+		f.due = f.marks[n].rev
+		n++
 	}
-	f.marks = slices.Delete(f.marks, 0, old)
-	if len(f.marks) == 0 {
-		return f.head
+	f.marks = slices.Delete(f.marks, 0, n)
+}
+
+// Watermark returns the newest revision whose revoke is fenced at now: every member has, in its current session,
+// acknowledged it, or is fenced by time. MaxRev when no member can forward at all. The answer holds for now only.
+func (f *FenceSet) Watermark(now time.Duration) Rev {
+	low := MaxRev
+	for _, m := range f.teps {
+		if now <= m.deadline {
+			low = min(low, m.acked)
+		}
 	}
-	if now-f.marks[0].at >= f.cfg.MaxLag {
-		return f.marks[0].rev
+	return low
+}
+
+// Waiting returns the members, sorted, that still have to be fenced for a revoke at rev.
+func (f *FenceSet) Waiting(now time.Duration, rev Rev) []string {
+	return f.names(func(m *member) bool { return now <= m.deadline && m.acked < rev })
+}
+
+// Serving returns the gateways, sorted, that a Bind waits for: a live stream, and no revision unacknowledged for MaxLag.
+func (f *FenceSet) Serving(now time.Duration) []string {
+	f.advance(now)
+	return f.names(f.serves)
+}
+
+// Lagging returns the gateways, sorted, with a live stream that are not serving.
+func (f *FenceSet) Lagging(now time.Duration) []string {
+	f.advance(now)
+	return f.names(func(m *member) bool { return m.live && !f.serves(m) })
+}
+
+// Acked returns what the gateway has acknowledged in its current session.
+func (f *FenceSet) Acked(tep string) Rev {
+	if m := f.teps[tep]; m != nil {
+		return m.acked
 	}
 	return 0
+}
+
+func (f *FenceSet) serves(m *member) bool { return m.live && m.acked >= f.due }
+
+func (f *FenceSet) names(want func(*member) bool) []string {
+	var out []string
+	for name, m := range f.teps {
+		if want(m) {
+			out = append(out, name)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// Next returns when the next member will be fenced by time, if it says nothing until then.
+func (f *FenceSet) Next(now time.Duration) (time.Duration, bool) {
+	at, ok := time.Duration(0), false
+	for _, m := range f.teps {
+		if m.deadline >= now && (!ok || m.deadline < at) {
+			at, ok = m.deadline, true
+		}
+	}
+	return at + 1, ok // a member forwards up to and including its deadline
+}
+
+// Status lists the members by name.
+func (f *FenceSet) Status(now time.Duration) []TEPStatus {
+	f.advance(now)
+	out := make([]TEPStatus, 0, len(f.teps))
+	for _, name := range f.names(func(*member) bool { return true }) {
+		m := f.teps[name]
+		out = append(out, TEPStatus{
+			Member: m.Member, Live: m.live, Serving: f.serves(m), Acked: m.acked, Head: f.head,
+			Deadline: max(0, m.deadline-now),
+		})
+	}
+	return out
 }

@@ -1,0 +1,345 @@
+package lease
+
+import (
+	"cmp"
+	"container/heap"
+	"fmt"
+	"iter"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// minPrefixBits bounds the size of a core: a /12 is a million addresses.
+const minPrefixBits = 12
+
+// Core holds the state machine of every address of one slice (a pool or a part of it). It does no I/O, reads no clock
+// and starts nothing: the same events give the same actions. One goroutine uses it.
+type Core struct {
+	cfg      Config
+	cell     *Cell
+	entries  []entry
+	lists    [Conflict + 1]list // addresses by state; FREE is in order of leaving: the first was free longest
+	previous map[string]int32   // host → index of the address it had last
+	reserved map[string]int32   // host → index of its reservation
+	timers   timerHeap
+	out      Actions
+	rules    rules
+}
+
+// rules are the conditions that the property tests weaken one at a time, to see that they are noticed.
+type rules struct {
+	// fencedAt returns the revision that gateways must have applied before the address may leave REVOKING.
+	fencedAt func(*Address) Rev
+	// takesReserved says that a Bind may take the reservation of another host.
+	takesReserved bool
+	// newGen returns the generation of a bind.
+	newGen func(*Cell, Rev) Gen
+	// freeAfterHold says that an address is given out only after its hold-down.
+	holds bool
+}
+
+func defaultRules() rules {
+	return rules{
+		fencedAt:      func(a *Address) Rev { return a.RevokeRev },
+		takesReserved: true,
+		newGen:        func(c *Cell, r Rev) Gen { return MakeGen(c.epoch, r) },
+		holds:         true,
+	}
+}
+
+// entry is one address. prev and next link it into the list of its state.
+type entry struct {
+	Address
+	prev, next int32
+	timer      int32         // position in the heap, -1 = none
+	at         time.Duration // when the state ends by itself
+	durable    time.Duration // BOUND: durable_until on the monotonic clock
+	forHost    string        // RESERVED: for whom
+	excluded   bool
+}
+
+// list is a doubly linked list of entries through their prev and next.
+type list struct {
+	head, tail int32
+	n          int
+}
+
+// NewCore builds the core of a slice from the records that the store holds for it; none for a new one. Leases live on:
+// nothing expires before max(T1, Grace) has passed, hold-downs begin again, revoking addresses wait for the fence again.
+func NewCore(cfg Config, cell *Cell, now Now, records []Address) (*Core, error) {
+	p := cfg.Pool.Prefix
+	if !p.Addr().Is4() || p != p.Masked() || p.Bits() < minPrefixBits {
+		return nil, fmt.Errorf("pool %s: prefix %s is not an IPv4 prefix of /%d to /32 without host bits", cfg.Pool.Name, p, minPrefixBits)
+	}
+	if err := cfg.Timers.Check(); err != nil {
+		return nil, fmt.Errorf("pool %s: %w", cfg.Pool.Name, err)
+	}
+	c := &Core{
+		cfg: cfg, cell: cell, entries: make([]entry, 1<<(32-p.Bits())),
+		previous: map[string]int32{}, reserved: map[string]int32{}, rules: defaultRules(),
+	}
+	c.timers.c = c
+	for i := range c.lists {
+		c.lists[i] = list{head: -1, tail: -1}
+	}
+	addr := p.Addr()
+	for i := range c.entries {
+		c.entries[i] = entry{Address: Address{Resource: Whole(addr)}, prev: -1, next: -1, timer: -1}
+		addr = addr.Next()
+	}
+	for _, a := range cfg.Exclude {
+		if i, ok := c.index(Whole(a)); ok {
+			c.entries[i].excluded = true
+		}
+	}
+	return c, c.load(now, records)
+}
+
+// load puts the stored records in place: first those never leased, then the others in the order they were written.
+func (c *Core) load(now Now, records []Address) error {
+	seen := make([]bool, len(c.entries))
+	for _, r := range records {
+		i, ok := c.index(r.Resource)
+		if !ok {
+			return fmt.Errorf("pool %s: stored address %s is outside of %s", c.cfg.Pool.Name, r.Resource, c.cfg.Pool.Prefix)
+		}
+		if seen[i] {
+			return fmt.Errorf("pool %s: address %s is stored twice", c.cfg.Pool.Name, r.Resource)
+		}
+		if r.Rev > c.cell.last {
+			return fmt.Errorf("pool %s: address %s was written at revision %d, the store ends at %d", c.cfg.Pool.Name, r.Resource, r.Rev, c.cell.last)
+		}
+		seen[i] = true
+	}
+	for i := range c.entries {
+		if !seen[i] {
+			c.push(Free, int32(i))
+		}
+	}
+	sorted := slices.Clone(records)
+	slices.SortFunc(sorted, func(a, b Address) int {
+		return cmp.Or(cmp.Compare(order(a), order(b)), a.Resource.Compare(b.Resource))
+	})
+	grace := max(c.cfg.Timers.T1Of(c.cfg.Timers.Valid), c.cfg.Timers.Grace)
+	for _, r := range sorted {
+		i, _ := c.index(r.Resource)
+		e := &c.entries[i]
+		e.Address = r
+		c.place(now, i, grace)
+	}
+	return nil
+}
+
+// order sorts revoking addresses by their revoke, as FenceTo takes them, and others by their last event.
+func order(a Address) Rev {
+	if a.State == Revoking {
+		return a.RevokeRev
+	}
+	return a.Rev
+}
+
+func (c *Core) place(now Now, i int32, grace time.Duration) {
+	e := &c.entries[i]
+	if e.Host != "" {
+		c.previous[e.Host] = i
+	}
+	switch e.State {
+	case Bound:
+		if err := c.cell.add(&e.Address); err != nil { // two leases of one host: an operator decides
+			e.State = Conflict
+			break
+		}
+		left := max(grace, e.Until.Sub(now.Wall))
+		e.durable = now.Mono + left
+		c.setTimer(i, e.durable)
+	case Hold:
+		c.setTimer(i, now.Mono+c.cfg.Timers.HoldDown)
+	case Revoking, Free, Conflict:
+	default: // RESERVED is never stored; anything else was written by a newer version
+		e.State = Conflict
+	}
+	c.push(e.State, i)
+}
+
+// index returns the position of a whole address of the slice.
+func (c *Core) index(r Resource) (int32, bool) {
+	if r.PSIDLen != 0 || !c.cfg.Pool.Prefix.Contains(r.Addr) {
+		return 0, false
+	}
+	return int32(value(r.Addr) - value(c.cfg.Pool.Prefix.Addr())), true
+}
+
+func value(a netip.Addr) uint32 {
+	b := a.As4()
+	return uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
+}
+
+// push appends the entry to the list of a state, in which it is from now on. Excluded addresses are in no FREE list.
+func (c *Core) push(s State, i int32) {
+	e := &c.entries[i]
+	e.State = s
+	if s == Free && e.excluded {
+		return
+	}
+	l := &c.lists[s]
+	e.prev, e.next = l.tail, -1
+	if l.tail >= 0 {
+		c.entries[l.tail].next = i
+	} else {
+		l.head = i
+	}
+	l.tail = i
+	l.n++
+}
+
+// pull takes the entry out of the list of its state and ends its timer.
+func (c *Core) pull(i int32) {
+	e := &c.entries[i]
+	c.clearTimer(i)
+	if e.State == Free && e.excluded {
+		return
+	}
+	l := &c.lists[e.State]
+	if e.prev >= 0 {
+		c.entries[e.prev].next = e.next
+	} else {
+		l.head = e.next
+	}
+	if e.next >= 0 {
+		c.entries[e.next].prev = e.prev
+	} else {
+		l.tail = e.prev
+	}
+	e.prev, e.next = -1, -1
+	l.n--
+}
+
+// timerHeap orders entries by the time at which their state ends.
+type timerHeap struct {
+	c  *Core
+	ix []int32
+}
+
+func (h *timerHeap) Len() int { return len(h.ix) }
+func (h *timerHeap) Less(i, j int) bool {
+	a, b := &h.c.entries[h.ix[i]], &h.c.entries[h.ix[j]]
+	return cmp.Or(cmp.Compare(a.at, b.at), cmp.Compare(h.ix[i], h.ix[j])) < 0
+}
+
+func (h *timerHeap) Swap(i, j int) {
+	h.ix[i], h.ix[j] = h.ix[j], h.ix[i]
+	h.c.entries[h.ix[i]].timer, h.c.entries[h.ix[j]].timer = int32(i), int32(j)
+}
+
+func (h *timerHeap) Push(x any) {
+	i := x.(int32)
+	h.c.entries[i].timer = int32(len(h.ix))
+	h.ix = append(h.ix, i)
+}
+
+func (h *timerHeap) Pop() any {
+	n := len(h.ix) - 1
+	i := h.ix[n]
+	h.ix = h.ix[:n]
+	h.c.entries[i].timer = -1
+	return i
+}
+
+func (c *Core) setTimer(i int32, at time.Duration) {
+	e := &c.entries[i]
+	e.at = at
+	if e.timer >= 0 {
+		heap.Fix(&c.timers, int(e.timer))
+		return
+	}
+	heap.Push(&c.timers, i)
+}
+
+func (c *Core) clearTimer(i int32) {
+	if t := c.entries[i].timer; t >= 0 {
+		heap.Remove(&c.timers, int(t))
+	}
+}
+
+// Next returns when the next state ends by itself, on the clock of Now.Mono.
+func (c *Core) Next() (time.Duration, bool) {
+	if len(c.timers.ix) == 0 {
+		return 0, false
+	}
+	return c.entries[c.timers.ix[0]].at, true
+}
+
+// Pool returns the pool of the slice.
+func (c *Core) Pool() Pool { return c.cfg.Pool }
+
+// Timers returns the times of the slice.
+func (c *Core) Timers() Timers { return c.cfg.Timers }
+
+// Contains reports whether the resource is one of this slice.
+func (c *Core) Contains(r Resource) bool {
+	_, ok := c.index(r)
+	return ok
+}
+
+// Lookup returns one address with its last record, whatever its state.
+func (c *Core) Lookup(now time.Duration, r Resource) (Info, bool) {
+	i, ok := c.index(r)
+	if !ok {
+		return Info{}, false
+	}
+	return c.info(now, i), true
+}
+
+// ByHost returns the live lease of a host in this slice.
+func (c *Core) ByHost(now time.Duration, host string) (Info, bool) {
+	r, ok := c.cell.Where(host)
+	if !ok {
+		return Info{}, false
+	}
+	return c.Lookup(now, r)
+}
+
+func (c *Core) info(now time.Duration, i int32) Info {
+	e := &c.entries[i]
+	in := Info{Address: e.Address}
+	if e.timer >= 0 {
+		in.Left = max(0, e.at-now)
+	}
+	if e.State == Reserved {
+		in.Host = e.forHost
+	}
+	return in
+}
+
+// All yields every address that is not FREE, in order.
+func (c *Core) All(now time.Duration) iter.Seq[Info] {
+	return func(yield func(Info) bool) {
+		for i := range c.entries {
+			if c.entries[i].State != Free && !yield(c.info(now, int32(i))) {
+				return
+			}
+		}
+	}
+}
+
+// Bindings yields the bindings of the slice, in order: what gateways hold once they applied everything.
+func (c *Core) Bindings() iter.Seq[Binding] {
+	return func(yield func(Binding) bool) {
+		for i := range c.entries {
+			if e := &c.entries[i]; e.State == Bound && !yield(e.Binding()) {
+				return
+			}
+		}
+	}
+}
+
+// Stats counts the addresses by state.
+func (c *Core) Stats() Stats {
+	s := Stats{
+		Free: c.lists[Free].n, Reserved: c.lists[Reserved].n, Bound: c.lists[Bound].n,
+		Revoking: c.lists[Revoking].n, Hold: c.lists[Hold].n, Conflict: c.lists[Conflict].n,
+	}
+	s.Size = s.Free + s.Reserved + s.Bound + s.Revoking + s.Hold + s.Conflict
+	return s
+}

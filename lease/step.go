@@ -1,0 +1,293 @@
+package lease
+
+import (
+	"net/netip"
+	"time"
+)
+
+// Step takes one event at now and returns what follows from it.
+func (c *Core) Step(now Now, ev Event) Actions {
+	c.out = Actions{}
+	switch ev := ev.(type) {
+	case Bind:
+		c.bind(now, ev)
+	case Renew:
+		c.renew(now, ev)
+	case Release:
+		c.release(now, ev)
+	case Revoke:
+		c.revoke(now, ev)
+	case Reserve:
+		c.reserve(now, ev.Host)
+	case FenceTo:
+		c.fenceTo(now, ev.Rev)
+	case Tick:
+		c.tick(now)
+	}
+	return c.out
+}
+
+// bind follows the order of preference: current, previous, reserved, requested, longest free.
+func (c *Core) bind(now Now, ev Bind) {
+	if r, ok := c.cell.Where(ev.Host); ok {
+		i, here := c.index(r)
+		if !here { // the service asks the core that holds the lease; one lease per identity
+			c.out.Deny = ReasonQuota
+			return
+		}
+		e := &c.entries[i]
+		if e.Source == ev.Source && e.TEP == c.cfg.Pool.TEP {
+			c.extend(now, i, ev.Valid, ev.MTU)
+			return
+		}
+		c.end(now, i, ReasonMoved)
+	}
+	if c.cell.full(ev.Source) {
+		c.out.Deny = ReasonQuota
+		return
+	}
+	i, ok := c.choose(ev)
+	if !ok {
+		c.out.Deny = ReasonPoolDry
+		return
+	}
+	c.grant(now, i, ev)
+}
+
+// choose picks the address for a new lease in constant time. A reservation only orders the choice; it never causes a
+// refusal (I9): when nothing is free, the oldest reservation of whomever goes.
+func (c *Core) choose(ev Bind) (int32, bool) {
+	if i, ok := c.previous[ev.Host]; ok {
+		e := &c.entries[i]
+		mine := e.Host == ev.Host && !e.excluded
+		if mine && (e.State == Free || e.State == Hold || e.State == Reserved && e.forHost == ev.Host) {
+			return i, true // hold-down is 0 for the same host
+		}
+	}
+	if i, ok := c.reserved[ev.Host]; ok {
+		return i, true
+	}
+	if i, ok := c.index(Whole(ev.Want)); ok && c.entries[i].State == Free && !c.entries[i].excluded {
+		return i, true
+	}
+	if i := c.lists[Free].head; i >= 0 {
+		return i, true
+	}
+	if i := c.lists[Reserved].head; i >= 0 && c.rules.takesReserved {
+		return i, true
+	}
+	if i := c.lists[Hold].head; i >= 0 && !c.rules.holds {
+		return i, true
+	}
+	return 0, false
+}
+
+func (c *Core) grant(now Now, i int32, ev Bind) {
+	e := &c.entries[i]
+	if e.State == Reserved {
+		delete(c.reserved, e.forHost)
+		e.forHost = ""
+	}
+	if r, ok := c.reserved[ev.Host]; ok {
+		c.unreserve(r)
+	}
+	c.pull(i)
+	if e.Host != "" && e.Host != ev.Host && c.previous[e.Host] == i {
+		delete(c.previous, e.Host)
+	}
+	valid := c.cfg.Timers.Clamp(ev.Valid)
+	rev := c.cell.NextRev()
+	e.Address = Address{
+		Resource: e.Resource, Gen: c.rules.newGen(c.cell, rev), Rev: rev,
+		Host: ev.Host, Source: ev.Source, TEP: c.cfg.Pool.TEP, MTU: ev.MTU, Trigger: ev.Trigger,
+		BoundAt: now.Wall, Until: now.Wall.Add(2 * valid),
+	}
+	e.durable = now.Mono + 2*valid
+	c.previous[ev.Host] = i
+	// The host has no other lease here or elsewhere: bind has looked.
+	if err := c.cell.add(&e.Address); err != nil {
+		panic("lease: " + err.Error())
+	}
+	c.push(Bound, i)
+	c.setTimer(i, now.Mono+valid)
+	c.commit(i, BindRecord(rev, e.Binding()), true)
+	c.answer(i, valid, false)
+}
+
+// extend renews a BOUND address. The store is written only when what it holds would not cover the new promise (F6).
+func (c *Core) extend(now Now, i int32, want time.Duration, mtu uint16) {
+	e := &c.entries[i]
+	valid := c.cfg.Timers.Clamp(want)
+	moved := mtu != 0 && mtu != e.MTU
+	// A shorter validity never takes back what was promised before.
+	c.setTimer(i, max(e.at, now.Mono+valid))
+	if moved || e.durable-now.Mono < valid {
+		e.durable = max(e.durable, now.Mono+2*valid)
+		e.Until = now.Wall.Add(e.durable - now.Mono)
+		e.Rev = c.cell.NextRev()
+		record := Record{Rev: e.Rev}
+		if moved {
+			e.MTU = mtu
+			record = BindRecord(e.Rev, e.Binding())
+		}
+		c.commit(i, record, false)
+	}
+	c.answer(i, e.at-now.Mono, true)
+}
+
+func (c *Core) answer(i int32, valid time.Duration, renewed bool) {
+	e := &c.entries[i]
+	c.out.Grant = &Grant{
+		Ref: e.Ref(), Host: e.Host, Source: e.Source, TEP: e.TEP, Valid: valid, MTU: e.MTU,
+		Renewed: renewed, Rev: e.Gen.Rev(),
+	}
+}
+
+func (c *Core) renew(now Now, ev Renew) {
+	i, ok := c.index(ev.Ref.Resource)
+	if !ok {
+		c.out.Deny = ReasonStaleGeneration
+		return
+	}
+	e := &c.entries[i]
+	switch {
+	case e.Gen != ev.Ref.Gen || e.Host != ev.Host:
+		c.out.Deny = ReasonStaleGeneration
+	case e.State != Bound:
+		c.out.Deny = e.End
+		if e.End == ReasonNone {
+			c.out.Deny = ReasonStaleGeneration
+		}
+	case e.Source != ev.Source || e.TEP != c.cfg.Pool.TEP:
+		c.out.Deny = ReasonMoved
+	default:
+		c.extend(now, i, ev.Valid, ev.MTU)
+	}
+}
+
+func (c *Core) release(now Now, ev Release) {
+	i, ok := c.index(ev.Ref.Resource)
+	if !ok || c.entries[i].Gen != ev.Ref.Gen || c.entries[i].State != Bound {
+		return
+	}
+	if c.entries[i].Host != ev.Host {
+		c.out.Deny = ReasonNotAllowed
+		return
+	}
+	reason := ev.Reason
+	if reason == ReasonNone {
+		reason = ReasonIdle
+	}
+	c.end(now, i, reason)
+}
+
+func (c *Core) revoke(now Now, ev Revoke) {
+	i, ok := c.index(ev.Ref.Resource)
+	if !ok {
+		c.out.Deny = ReasonStaleGeneration
+		return
+	}
+	e := &c.entries[i]
+	if e.State != Bound && e.State != Conflict || ev.Ref.Gen != 0 && ev.Ref.Gen != e.Gen {
+		c.out.Deny = ReasonStaleGeneration
+		return
+	}
+	reason := ev.Reason
+	if reason == ReasonNone {
+		reason = ReasonAdmin
+	}
+	c.end(now, i, reason)
+}
+
+// end takes a lease from BOUND, or an address from CONFLICT, to REVOKING. From here on it is not the host's, and not
+// anyone else's until every gateway is fenced.
+func (c *Core) end(now Now, i int32, reason Reason) {
+	e := &c.entries[i]
+	if e.State == Bound {
+		c.cell.remove(&e.Address)
+	}
+	c.pull(i)
+	e.Rev = c.cell.NextRev()
+	e.RevokeRev, e.UnboundAt, e.FencedAt, e.End, e.Until = e.Rev, now.Wall, time.Time{}, reason, time.Time{}
+	c.push(Revoking, i)
+	c.commit(i, UnbindRecord(e.Rev, e.Ref()), true)
+	c.out.Ended = append(c.out.Ended, Ended{Ref: e.Ref(), Host: e.Host, Source: e.Source, Reason: reason})
+}
+
+// fenceTo takes addresses to HOLD in the order in which they were revoked.
+func (c *Core) fenceTo(now Now, fenced Rev) {
+	for i := c.lists[Revoking].head; i >= 0; {
+		e := &c.entries[i]
+		next := e.next
+		if c.rules.fencedAt(&e.Address) > fenced {
+			return
+		}
+		c.pull(i)
+		e.Rev = c.cell.NextRev()
+		e.FencedAt = now.Wall
+		c.push(Hold, i)
+		c.setTimer(i, now.Mono+c.cfg.Timers.HoldDown)
+		c.commit(i, Record{Rev: e.Rev}, true)
+		i = next
+	}
+}
+
+// tick ends every state whose time has come.
+func (c *Core) tick(now Now) {
+	for len(c.timers.ix) > 0 {
+		i := c.timers.ix[0]
+		e := &c.entries[i]
+		if e.at > now.Mono {
+			return
+		}
+		switch e.State {
+		case Reserved:
+			c.unreserve(i)
+		case Bound:
+			c.end(now, i, ReasonExpired)
+		case Hold:
+			c.pull(i)
+			e.Rev = c.cell.NextRev()
+			c.push(Free, i)
+			c.commit(i, Record{Rev: e.Rev}, false)
+		case Free, Revoking, Conflict: // have no timer
+			c.clearTimer(i)
+		}
+	}
+}
+
+// reserve takes the host's last address, or the one free longest, if there is any.
+func (c *Core) reserve(now Now, host string) {
+	if _, ok := c.cell.Where(host); ok {
+		return
+	}
+	i, ok := c.reserved[host]
+	if !ok {
+		if i, ok = c.choose(Bind{Host: host, Want: netip.Addr{}}); !ok || c.entries[i].State != Free {
+			return
+		}
+		c.pull(i)
+		c.entries[i].forHost = host
+		c.reserved[host] = i
+		c.push(Reserved, i)
+	}
+	c.setTimer(i, now.Mono+c.cfg.Timers.Reservation)
+}
+
+func (c *Core) unreserve(i int32) {
+	e := &c.entries[i]
+	c.pull(i)
+	delete(c.reserved, e.forHost)
+	e.forHost = ""
+	c.push(Free, i)
+}
+
+func (c *Core) commit(i int32, r Record, audit bool) {
+	e := &c.entries[i]
+	a := e.Address
+	cm := Commit{Rev: e.Rev, Address: a, Record: r}
+	if audit && a.Host != "" {
+		cm.Audit = a.Audit()
+	}
+	c.out.Commits = append(c.out.Commits, cm)
+}
