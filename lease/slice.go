@@ -35,7 +35,7 @@ type rules struct {
 	takesReserved bool
 	// newGen returns the generation of a bind.
 	newGen func(*Cell, Rev) Gen
-	// freeAfterHold says that an address is given out only after its hold-down.
+	// holds says that an address in HOLD waits for its hold-down.
 	holds bool
 }
 
@@ -67,6 +67,7 @@ type list struct {
 
 // NewCore builds the core of a slice from the records that the store holds for it; none for a new one. Leases live on:
 // nothing expires before max(T1, Grace) has passed, hold-downs begin again, revoking addresses wait for the fence again.
+// now.Wall must not be before the newest time in the store, wherever the clock of the machine went since.
 func NewCore(cfg Config, cell *Cell, now Now, records []Address) (*Core, error) {
 	p := cfg.Pool.Prefix
 	if !p.Addr().Is4() || p != p.Masked() || p.Bits() < minPrefixBits {
@@ -150,9 +151,9 @@ func (c *Core) place(now Now, i int32, grace time.Duration) {
 			e.State = Conflict
 			break
 		}
-		left := max(grace, e.Until.Sub(now.Wall))
+		left := e.Until.Sub(now.Wall)
 		e.durable = now.Mono + left
-		c.setTimer(i, e.durable)
+		c.setTimer(i, now.Mono+max(grace, left))
 	case Hold:
 		c.setTimer(i, now.Mono+c.cfg.Timers.HoldDown)
 	case Revoking, Free, Conflict:
