@@ -1,0 +1,176 @@
+// Package archtest keeps the import rules of docs/architecture.md: imports go down only, and each heavy dependency has
+// one importer.
+package archtest
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/dstm-project/dstm/"
+
+type pkg struct {
+	ImportPath string
+	Imports    []string
+	Deps       []string
+}
+
+func list(t *testing.T, args ...string) []pkg {
+	t.Helper()
+	cmd := exec.Command("go", append([]string{"list", "-json=ImportPath,Imports,Deps"}, args...)...)
+	cmd.Dir = "../.."
+	out, err := cmd.Output()
+	if err != nil {
+		var ee *exec.ExitError
+		if errors.As(err, &ee) {
+			t.Fatalf("go list: %v\n%s", err, ee.Stderr)
+		}
+		t.Fatal(err)
+	}
+	var ps []pkg
+	for dec := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p pkg
+		if err := dec.Decode(&p); errors.Is(err, io.EOF) {
+			return ps
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		ps = append(ps, p)
+	}
+}
+
+// onlyImporters: a heavy dependency (import path prefix) and the packages that may import it.
+var onlyImporters = []struct {
+	dep string
+	by  []string
+}{
+	{"github.com/osrg/gobgp", []string{"bgp/gobgp"}},
+	{"github.com/hashicorp/go-plugin", []string{"internal/plugproc"}},
+	{"github.com/vishvananda/netlink", []string{"internal/netcfg", "dataplane/tc", "internal/labrun"}},
+	{"github.com/google/nftables", []string{"internal/netcfg", "hostd"}},
+	{"github.com/cilium/ebpf", []string{"dataplane/tc"}},
+	{"go.etcd.io/bbolt", []string{"leasesvc/store/boltstore"}},
+	{"github.com/caddyserver/certmagic", []string{"internal/acme"}},
+	{"github.com/coredns", []string{"plugin/dstm", "cmd/coredns"}},
+	{"github.com/spf13/cobra", []string{"cmd/dstm", "hack/man"}},
+}
+
+// libraries never import each other; they import seams, not adapters.
+var libraries = []string{"plugin/dstm", "leasesvc", "tepd", "hostd"}
+
+// adapters are constructed in cmd and handed in.
+var adapters = []string{
+	"bgp/gobgp", "dataplane/tc", "leasesvc/store/boltstore", "internal/acme", "internal/plugproc",
+}
+
+// stdlibOnly packages import nothing but the standard library and each other.
+var stdlibOnly = []string{"lease", "lease/replica", "dataplane/packet"}
+
+// seams import nothing of ours above the plumbing.
+var seams = []string{"bgp", "dataplane", "leasesvc/store"}
+
+// violations returns every import of the tree that breaks a rule.
+func violations(ps []pkg) []string {
+	var out []string
+	for _, p := range ps {
+		name := strings.TrimPrefix(p.ImportPath, module)
+		for _, imp := range p.Imports {
+			if why := forbidden(name, imp); why != "" {
+				out = append(out, fmt.Sprintf("%s imports %s: %s", name, imp, why))
+			}
+		}
+	}
+	return out
+}
+
+func forbidden(name, imp string) string {
+	for _, r := range onlyImporters {
+		if under(imp, r.dep) && !slices.Contains(r.by, name) {
+			return fmt.Sprintf("only %s may", strings.Join(r.by, ", "))
+		}
+	}
+	own, isOwn := strings.CutPrefix(imp, module)
+	if slices.Contains(stdlibOnly, name) {
+		if isOwn && !slices.Contains(stdlibOnly, own) || !isOwn && strings.Contains(imp, ".") {
+			return "standard library only"
+		}
+	}
+	if !isOwn {
+		return ""
+	}
+	isCmd := strings.HasPrefix(name, "cmd/")
+	switch {
+	case slices.Contains(libraries, own) && own != name && !isCmd:
+		return "libraries are imported by cmd only"
+	case slices.Contains(adapters, own) && !isCmd && !slices.Contains(adapters, name) && !isSuite(name):
+		return "adapters are constructed in cmd"
+	case slices.Contains(seams, name) && !slices.Contains(stdlibOnly, own):
+		return "seams import lease and dataplane/packet only"
+	case name == "leasesvc/leaseclient" && strings.HasPrefix(own, "leasesvc"):
+		return "the client never reaches the service"
+	case strings.HasPrefix(own, "cmd/"):
+		return "nothing imports a command"
+	}
+	return ""
+}
+
+// isSuite names the exported test suites, which may know the adapters they are run over.
+func isSuite(name string) bool {
+	return name == "bgp/bgptest" || name == "dataplane/dataplanetest"
+}
+
+func under(imp, prefix string) bool {
+	return imp == prefix || strings.HasPrefix(imp, prefix+"/")
+}
+
+func TestImportRules(t *testing.T) {
+	ps := list(t, "./...")
+	if len(ps) < 10 {
+		t.Fatalf("go list found %d packages: want the whole tree", len(ps))
+	}
+	for _, v := range violations(ps) {
+		t.Error(v)
+	}
+}
+
+// TestPluginIsLight: people compile the plugin into their own CoreDNS. certmagic and etcd come with CoreDNS itself, so
+// what counts is what the plugin reaches besides CoreDNS.
+func TestPluginIsLight(t *testing.T) {
+	for _, p := range list(t, "./leasesvc/leaseclient", "./internal/tlsid", "./plugin/dstm") {
+		for _, d := range p.Deps {
+			for _, heavy := range []string{
+				"github.com/osrg/gobgp", "github.com/vishvananda/netlink", "github.com/cilium/ebpf",
+				"go.etcd.io/bbolt", "go.etcd.io/etcd/server", "github.com/hashicorp/go-plugin", module + "internal/acme",
+			} {
+				if under(d, heavy) {
+					t.Errorf("%s reaches %s", strings.TrimPrefix(p.ImportPath, module), d)
+				}
+			}
+		}
+	}
+}
+
+// TestRulesCanFail plants one breach of each rule.
+func TestRulesCanFail(t *testing.T) {
+	for _, c := range []struct{ from, to string }{
+		{"tepd", "github.com/osrg/gobgp/v3/pkg/server"},
+		{"tepd", module + "leasesvc"},
+		{"hostd", module + "dataplane/tc"},
+		{"lease", "google.golang.org/grpc"},
+		{"lease/replica", module + "internal/config"},
+		{"bgp", module + "internal/daemon"},
+		{"leasesvc/leaseclient", module + "leasesvc"},
+		{"internal/daemon", module + "cmd/tepd"},
+		{"plugin/dstm", "go.etcd.io/bbolt"},
+	} {
+		if len(violations([]pkg{{ImportPath: module + c.from, Imports: []string{c.to}}})) == 0 {
+			t.Errorf("%s importing %s is not found", c.from, c.to)
+		}
+	}
+}
