@@ -19,9 +19,9 @@ type Core struct {
 	cfg      Config
 	cell     *Cell
 	entries  []entry
-	lists    [Conflict + 1]list // addresses by state; FREE is in order of leaving: the first was free longest
-	previous map[string]int32   // host → index of the address it had last
-	reserved map[string]int32   // host → index of its reservation
+	lists    [Conflict + 1]queue // addresses by state; FREE is in order of leaving: the first was free longest
+	previous map[string]int32    // host → index of the address it had last
+	reserved map[string]int32    // host → index of its reservation
 	timers   timerHeap
 	out      Actions
 	rules    rules
@@ -35,8 +35,6 @@ type rules struct {
 	takesReserved bool
 	// newGen returns the generation of a bind.
 	newGen func(*Cell, Rev) Gen
-	// holds says that an address in HOLD waits for its hold-down.
-	holds bool
 }
 
 func defaultRules() rules {
@@ -44,7 +42,6 @@ func defaultRules() rules {
 		fencedAt:      func(a *Address) Rev { return a.RevokeRev },
 		takesReserved: true,
 		newGen:        func(c *Cell, r Rev) Gen { return MakeGen(c.epoch, r) },
-		holds:         true,
 	}
 }
 
@@ -59,8 +56,8 @@ type entry struct {
 	excluded   bool
 }
 
-// list is a doubly linked list of entries through their prev and next.
-type list struct {
+// queue is a doubly linked list of entries through their prev and next.
+type queue struct {
 	head, tail int32
 	n          int
 }
@@ -82,7 +79,7 @@ func NewCore(cfg Config, cell *Cell, now Now, records []Address) (*Core, error) 
 	}
 	c.timers.c = c
 	for i := range c.lists {
-		c.lists[i] = list{head: -1, tail: -1}
+		c.lists[i] = queue{head: -1, tail: -1}
 	}
 	addr := p.Addr()
 	for i := range c.entries {

@@ -76,9 +76,6 @@ func (c *Core) choose(ev Bind) (int32, bool) {
 	if i := c.lists[Reserved].head; i >= 0 && c.rules.takesReserved {
 		return i, true
 	}
-	if i := c.lists[Hold].head; i >= 0 && !c.rules.holds {
-		return i, true
-	}
 	return 0, false
 }
 

@@ -22,10 +22,10 @@ type Config struct {
 
 // Replica is the table of one gateway process and how far it follows the service.
 //
-//	          Hello                SessionReply            snapshot complete
-//	 (none) ────────► WAITING ─────────────────► SYNCING ───────────────────► FOLLOWING ──┐
-//	                     ▲                          │  ▲      or resume by revision  ▲    │ batch
-//	                     └──── any error, new stream┴──┘                             └────┘
+//	         Hello                SessionReply            snapshot complete
+//	(none) ────────► WAITING ─────────────────► SYNCING ───────────────────► FOLLOWING ──┐
+//	                    ▲                          │  ▲      or resume by revision  ▲    │ batch
+//	                    └──── any error, new stream┴──┘                             └────┘
 //
 // The packet path forwards in every state for as long as its deadline runs.
 type Replica struct {
@@ -48,7 +48,6 @@ type Replica struct {
 
 	deadline uint64
 	grants   []grant
-	rules    rules
 }
 
 type grant struct {
@@ -59,18 +58,10 @@ type grant struct {
 // maxGrants bounds the replies that wait for their floor; the oldest is the first to be of no use.
 const maxGrants = 8
 
-// rules are conditions that the property tests weaken one at a time, to see that they are noticed.
-type rules struct {
-	floor   bool // F7: extend only after the floor is applied
-	order   bool // F3: rev_from == have_rev+1
-	cluster bool // I12
-}
-
 // New returns the replica of a new process. Its first session brings a whole table.
 func New(cfg Config) *Replica {
 	return &Replica{
 		cfg: cfg, whole: true, table: map[lease.Resource]lease.Binding{}, pools: map[string]lease.Pool{},
-		rules: rules{floor: true, order: true, cluster: true},
 	}
 }
 
@@ -120,9 +111,9 @@ func (r *Replica) Session(m lease.SessionReply) (Out, error) {
 		return Out{}, nil // of an earlier stream
 	case !first && m.Session != r.session:
 		return Out{}, nil
-	case r.rules.cluster && m.Cluster == (lease.ClusterID{}):
+	case m.Cluster == (lease.ClusterID{}):
 		return Out{}, fmt.Errorf("session reply without a cluster id")
-	case r.rules.cluster && r.cluster != (lease.ClusterID{}) && m.Cluster != r.cluster:
+	case r.cluster != (lease.ClusterID{}) && m.Cluster != r.cluster:
 		return Out{}, fmt.Errorf("session reply of cluster %x, this gateway follows cluster %x", m.Cluster, r.cluster)
 	case m.Epoch < r.epoch:
 		return Out{}, fmt.Errorf("session reply of epoch %d, this gateway is in epoch %d", m.Epoch, r.epoch)
@@ -154,7 +145,7 @@ func (r *Replica) extend() uint64 {
 	moved := uint64(0)
 	r.grants = slices.DeleteFunc(r.grants, func(g grant) bool {
 		// While only a snapshot helps, applied counts for a table that is in doubt.
-		if r.rules.floor && (r.whole || r.applied < g.floor) {
+		if r.whole || r.applied < g.floor {
 			return false
 		}
 		if g.deadline > r.deadline {
@@ -170,7 +161,7 @@ func (r *Replica) Batch(b lease.Batch) (Out, error) {
 	if b.Session != r.session || r.session == 0 || r.refused {
 		return Out{}, nil
 	}
-	if r.rules.order && (r.whole || r.snap != nil || b.From != r.have+1) || b.To < b.From || b.To > lease.MaxRev {
+	if r.whole || r.snap != nil || b.From != r.have+1 || b.To < b.From || b.To > lease.MaxRev {
 		return Out{}, r.doubt(fmt.Errorf("batch of revisions %d to %d, expected one from %d (whole table needed: %t)", b.From, b.To, r.have+1, r.whole || r.snap != nil))
 	}
 	last := b.From
@@ -283,7 +274,7 @@ func (r *Replica) Heartbeat(bootNS uint64) lease.Heartbeat {
 	return h
 }
 
-// Session numbers, revisions and the deadline, as /status shows them.
+// Status is where a replica stands, as /status shows it.
 type Status struct {
 	Cluster  lease.ClusterID
 	Epoch    lease.Epoch
