@@ -1,4 +1,4 @@
-// Package hostprobe asks the kernel which sockets of this network namespace use an address (sock_diag(7), inet_diag).
+// Package hostprobe asks the kernel which sockets of this network namespace use an address, and ends them (sock_diag(7)).
 package hostprobe
 
 import (
@@ -14,9 +14,12 @@ import (
 // Sizes in bytes and numbers of linux/inet_diag.h and linux/sock_diag.h.
 const (
 	sockDiagByFamily = 20
-	reqLen           = 56 // struct inet_diag_req_v2
-	msgLen           = 72 // struct inet_diag_msg
-	offSrc           = 8  // id.idiag_src: 16 bytes in network order, IPv4 in the first four
+	sockDestroy      = 21
+	reqLen           = 56    // struct inet_diag_req_v2
+	msgLen           = 72    // struct inet_diag_msg
+	idOff, idLen     = 4, 48 // struct inet_diag_sockid in inet_diag_msg
+	reqIDOff         = 8     // and in inet_diag_req_v2
+	offSrc           = 8     // id.idiag_src: 16 bytes in network order, IPv4 in the first four
 )
 
 // TCP states (net/tcp_states.h); a connected UDP socket is in stateEstablished.
@@ -56,26 +59,87 @@ func queries() []query {
 // Listeners and unconnected UDP sockets do not count. A kernel without inet_diag for one protocol gives an error that is
 // unix.ENOENT.
 func InUse(addrs ...netip.Addr) (bool, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+	found, err := find(queries(), addrs)
+	if len(found) > 0 {
+		return true, nil
+	}
+	return false, err
+}
+
+// Abort ends the connections that have one of the addresses as their local address: their programs get ECONNABORTED, TCP
+// peers a RST while there is a way to them. It returns how many. A kernel without CONFIG_INET_DIAG_DESTROY gives an error
+// that is unix.EOPNOTSUPP.
+func Abort(addrs ...netip.Addr) (int, error) {
+	found, err := find(queries(), addrs)
+	if len(found) == 0 {
+		return 0, err
+	}
+	fd, err := open()
 	if err != nil {
-		return false, fmt.Errorf("sock_diag: %w", err)
+		return 0, err
 	}
 	defer unix.Close(fd)
-	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: recvSeconds}); err != nil {
-		return false, fmt.Errorf("sock_diag: %w", err)
-	}
+	n := 0
 	var errs []error
-	for i, q := range queries() {
-		used, err := q.run(fd, uint32(i+1), addrs)
+	for i, s := range found {
+		switch err := s.destroy(fd, uint32(i+1)); {
+		case err == nil:
+			n++
+		case !errors.Is(err, unix.ENOENT): // it ended by itself
+			errs = append(errs, fmt.Errorf("sock_diag: destroy: %w", err))
+		}
+	}
+	return n, errors.Join(errs...)
+}
+
+// socket is one that was found, with the kernel's name for it.
+type socket struct {
+	query
+	id [idLen]byte
+}
+
+func open() (int, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+	if err != nil {
+		return -1, fmt.Errorf("sock_diag: %w", err)
+	}
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: recvSeconds}); err != nil {
+		unix.Close(fd)
+		return -1, fmt.Errorf("sock_diag: %w", err)
+	}
+	return fd, nil
+}
+
+func find(qs []query, addrs []netip.Addr) ([]socket, error) {
+	fd, err := open()
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	var errs []error
+	var found []socket
+	for i, q := range qs {
+		ids, err := q.run(fd, uint32(i+1), addrs)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("sock_diag: family %d protocol %d: %w", q.family, q.proto, err))
-			continue
 		}
-		if used {
-			return true, nil
+		for _, id := range ids {
+			found = append(found, socket{q, id})
 		}
 	}
-	return false, errors.Join(errs...)
+	return found, errors.Join(errs...)
+}
+
+func (s socket) destroy(fd int, seq uint32) error {
+	b := s.request(seq)
+	binary.NativeEndian.PutUint16(b[4:], sockDestroy)
+	binary.NativeEndian.PutUint16(b[6:], unix.NLM_F_REQUEST|unix.NLM_F_ACK)
+	copy(b[unix.NLMSG_HDRLEN+reqIDOff:], s.id[:])
+	if err := unix.Sendto(fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return err
+	}
+	_, err := receive(fd, seq, nil)
+	return err
 }
 
 func (q query) request(seq uint32) []byte {
@@ -90,51 +154,60 @@ func (q query) request(seq uint32) []byte {
 	return b
 }
 
-func (q query) run(fd int, seq uint32, addrs []netip.Addr) (bool, error) {
+func (q query) run(fd int, seq uint32, addrs []netip.Addr) ([][idLen]byte, error) {
 	if err := unix.Sendto(fd, q.request(seq), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return false, err
+		return nil, err
 	}
+	return receive(fd, seq, addrs)
+}
+
+// receive reads an answer to its end, or the next query would get the rest.
+func receive(fd int, seq uint32, addrs []netip.Addr) ([][idLen]byte, error) {
 	buf := make([]byte, 64<<10)
-	used := false
+	var ids [][idLen]byte
 	for {
 		n, _, err := unix.Recvfrom(fd, buf, 0)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
-			return false, err
+			return ids, err
 		}
-		// The answer is read to its end even when it is known, or the next query would get the rest.
-		hit, done, err := parse(buf[:n], seq, addrs)
-		used = used || hit
+		more, done, err := parse(buf[:n], seq, addrs)
+		ids = append(ids, more...)
 		if done || err != nil {
-			return used, err
+			return ids, err
 		}
 	}
 }
 
-// parse reads the netlink messages of one datagram: whether one of the sockets has one of the addresses, and whether
-// the dump is complete.
-func parse(b []byte, seq uint32, addrs []netip.Addr) (hit, done bool, err error) {
+// parse reads the netlink messages of one datagram: the sockets that have one of the addresses, and whether the answer
+// is complete.
+func parse(b []byte, seq uint32, addrs []netip.Addr) (ids [][idLen]byte, done bool, err error) {
 	ne := binary.NativeEndian
 	for len(b) >= unix.NLMSG_HDRLEN {
 		size, kind := int(ne.Uint32(b[0:])), ne.Uint16(b[4:])
 		if size < unix.NLMSG_HDRLEN || size > len(b) {
-			return hit, false, fmt.Errorf("netlink message of %d bytes in %d", size, len(b))
+			return ids, false, fmt.Errorf("netlink message of %d bytes in %d", size, len(b))
 		}
 		body, current := b[unix.NLMSG_HDRLEN:size], ne.Uint32(b[8:]) == seq
 		b = b[min(len(b), (size+unix.NLMSG_ALIGNTO-1)&^(unix.NLMSG_ALIGNTO-1)):]
 		switch {
 		case !current:
 		case kind == unix.NLMSG_DONE:
-			return hit, true, nil
+			return ids, true, nil
 		case kind == unix.NLMSG_ERROR && len(body) >= 4:
-			return hit, false, unix.Errno(-int32(ne.Uint32(body)))
+			if code := int32(ne.Uint32(body)); code != 0 { // 0 is an acknowledgement
+				return ids, false, unix.Errno(-code)
+			}
+			return ids, true, nil
 		case kind == sockDiagByFamily && len(body) >= msgLen:
-			hit = hit || slices.Contains(addrs, source(body))
+			if slices.Contains(addrs, source(body)) {
+				ids = append(ids, [idLen]byte(body[idOff:]))
+			}
 		}
 	}
-	return hit, false, nil
+	return ids, false, nil
 }
 
 // source returns the local address of an inet_diag_msg, IPv4 as such even on an IPv6 socket.

@@ -2,8 +2,10 @@ package hostprobe
 
 import (
 	"encoding/binary"
+	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -108,7 +110,7 @@ func FuzzParse(f *testing.F) {
 	f.Add(message(unix.NLMSG_ERROR, 1, []byte{254, 255, 255, 255}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		addrs := []netip.Addr{netip.MustParseAddr("192.0.2.1")}
-		if hit, _, _ := parse(b, 1, nil); hit {
+		if hit, _, _ := parse(b, 1, nil); len(hit) > 0 {
 			t.Error("hit without an address to look for")
 		}
 		_, _, _ = parse(b, 1, addrs) // must not panic
@@ -137,8 +139,38 @@ func TestParse(t *testing.T) {
 		if err != nil {
 			text = err.Error()
 		}
-		if hit != c.hit || end != c.done || text != c.err {
+		if hit := len(hit) > 0; hit != c.hit || end != c.done || text != c.err {
 			t.Errorf("%s: %v %v %q, want %v %v %q", c.name, hit, end, text, c.hit, c.done, c.err)
 		}
+	}
+}
+
+// Abort ends the program's socket; the listener next to it stays.
+func TestAbort(t *testing.T) {
+	if os.Getenv("DSTM_TEST_ROOT") != "1" {
+		t.Skip("needs root: sudo DSTM_TEST_ROOT=1 go test ./internal/hostprobe/")
+	}
+	l, err := net.Listen("tcp4", "127.7.1.9:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 7, 1, 9)}}).Dial("tcp4", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	n, err := Abort(netip.MustParseAddr("127.7.1.9"))
+	if err != nil || n == 0 {
+		t.Fatalf("Abort: %d %v, want the connection ended", n, err)
+	}
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNABORTED) && !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("read after Abort: %v, want the connection aborted", err)
+	}
+	if used, err := InUse(netip.MustParseAddr("127.7.1.9")); used || err != nil {
+		t.Errorf("in use after Abort: %v %v", used, err)
+	}
+	if n, err := Abort(netip.MustParseAddr("127.7.1.9")); n != 0 || err != nil {
+		t.Errorf("Abort of nothing: %d %v", n, err)
 	}
 }

@@ -123,6 +123,16 @@ func (c *Config) SetMTU(name string, mtu int) error {
 	return nil
 }
 
+// SetDevice sets the MTU of the interface, in bytes, unless it is 0, and sets it up.
+func (c *Config) SetDevice(name string, mtu int) error {
+	if mtu > 0 {
+		if err := c.SetMTU(name, mtu); err != nil {
+			return err
+		}
+	}
+	return c.SetUp(name, true)
+}
+
 // RemoveLink removes the interface; absence is success.
 func (c *Config) RemoveLink(name string) error {
 	l, err := c.h.LinkByName(name)
@@ -176,19 +186,33 @@ func (c *Config) GlobalIPv6() ([]GlobalAddr, error) {
 	return out, nil
 }
 
-// StrangerDefault4 returns the best IPv4 default route of the main table that is not ours, ok false when there is none.
-func (c *Config) StrangerDefault4() (r Route, ok bool, err error) {
-	names, err := c.linkNames()
+// IPv4 is what the host has of IPv4.
+type IPv4 struct {
+	Addrs      []Addr // of all interfaces, by interface and prefix
+	Default    Route  // the best default route of the main table that is not ours
+	HasDefault bool
+}
+
+// ReadIPv4 returns what the host has of IPv4.
+func (c *Config) ReadIPv4() (IPv4, error) {
+	k, err := c.read()
 	if err != nil {
-		return Route{}, false, err
+		return IPv4{}, err
 	}
-	routes, err := c.routes(names)
-	for _, k := range routes {
-		if k.Prefix.Addr().Is4() && k.Prefix.Bits() == 0 && k.Table == 0 && k.protocol != Protocol && !k.Blackhole && (!ok || k.Metric < r.Metric) {
-			r, ok = k.Route, true
+	var v IPv4
+	for key, a := range k.addrs {
+		if key.Prefix.Addr().Is4() {
+			v.Addrs = append(v.Addrs, a)
 		}
 	}
-	return r, ok, err
+	slices.SortFunc(v.Addrs, func(a, b Addr) int { return compareAddrKey(addrKey{a.Link, a.Prefix}, addrKey{b.Link, b.Prefix}) })
+	for _, r := range k.routes {
+		native := r.Prefix.Addr().Is4() && r.Prefix.Bits() == 0 && r.Table == 0 && r.protocol != Protocol && !r.Blackhole
+		if native && (!v.HasDefault || r.Metric < v.Default.Metric) {
+			v.Default, v.HasDefault = r.Route, true
+		}
+	}
+	return v, nil
 }
 
 // Watch returns a channel that gets a value after interfaces, addresses or routes changed, at most one unread. Changes

@@ -199,14 +199,22 @@ func TestSetRefusesStrangersRoute(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "of protocol 4 there, which is not ours") {
 		t.Errorf("error %v, want one that names the stranger", err)
 	}
-	got, ok, err := c.StrangerDefault4()
-	if want := (Route{Prefix: pfx("0.0.0.0/0"), Link: "v0", Metric: 4096}); err != nil || !ok || got != want {
-		t.Errorf("stranger's default route %v %v %v, want %v", got, ok, err, want)
+	got, err := c.ReadIPv4()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := IPv4{
+		Addrs:      []Addr{{Link: "lo", Prefix: pfx("127.0.0.1/8")}},
+		Default:    Route{Prefix: pfx("0.0.0.0/0"), Link: "v0", Metric: 4096},
+		HasDefault: true,
+	}
+	if d := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b }), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); d != "" {
+		t.Errorf("IPv4 of the host (-want +got):\n%s", d)
 	}
 	if err := c.Cleanup(); err != nil {
 		t.Fatal(err)
 	}
-	if _, ok, _ := c.StrangerDefault4(); !ok {
+	if v, err := c.ReadIPv4(); err != nil || !v.HasDefault {
 		t.Error("Cleanup removed the stranger's default route")
 	}
 }
@@ -277,7 +285,7 @@ func TestWatch(t *testing.T) {
 
 func TestLinks(t *testing.T) {
 	c, _ := open(t)
-	if err := c.SetMTU("v0", 1400); err != nil {
+	if err := c.SetDevice("v0", 1400); err != nil {
 		t.Fatal(err)
 	}
 	l, ok, err := c.Link("v0")
