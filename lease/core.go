@@ -133,7 +133,7 @@ func (t Timers) Check() error {
 	return nil
 }
 
-// T1Of and T2Of return the renewal times of a validity.
+// T1Of returns the time after which a host renews.
 func (t Timers) T1Of(valid time.Duration) time.Duration { return valid / 1000 * time.Duration(t.T1) }
 
 // T2Of returns the time after which a host asks any server.

@@ -1,5 +1,7 @@
 package lease
 
+import "time"
+
 // Weaken switches one rule of the core off, so that a property test can show that it would notice.
 func (c *Core) Weaken(name string) {
 	switch name {
@@ -7,6 +9,8 @@ func (c *Core) Weaken(name string) {
 		c.rules.fencedAt = func(a *Address) Rev { return a.Gen.Rev() }
 	case "reservation binds others":
 		c.rules.takesReserved = false
+	case "renewals not written":
+		c.rules.writes = func(_, _ time.Duration) bool { return false }
 	case "generation without revision":
 		c.rules.newGen = func(cell *Cell, r Rev) Gen { return MakeGen(cell.epoch, r/16) }
 	}

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 
@@ -37,7 +38,7 @@ func (s *sim) run(n int) error {
 	return nil
 }
 
-// TestInvariants runs random schedules and looks for a break of I1, I3, I4 and I9.
+// TestInvariants runs random schedules and looks for a break of I1, I2, I3, I4 and I9.
 func TestInvariants(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		n := rapid.IntRange(50, 400).Draw(t, "steps")
@@ -79,6 +80,7 @@ func TestPlantedBugs(t *testing.T) {
 		"floor ignored":                  "I",
 		"acknowledged before applied":    "I",
 		"deadline from the receipt":      "I",
+		"renewals not written":           "I2",
 		"generation without revision":    "I3",
 		"reservation binds others":       "I9",
 	} {
@@ -91,5 +93,22 @@ func TestPlantedBugs(t *testing.T) {
 			}
 			t.Errorf("no schedule noticed it")
 		})
+	}
+}
+
+// BenchmarkLife is one life of an address: bind, release, fence, free.
+func BenchmarkLife(b *testing.B) {
+	cfg := config("198.51.100.0/24")
+	c, err := lease.NewCore(cfg, lease.NewCell(1, 0, 0), at(0), nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	now := time.Duration(0)
+	for b.Loop() {
+		g := c.Step(at(now), lease.Bind{Host: "a", Source: srcA}).Grant
+		c.Step(at(now), lease.Release{Host: "a", Ref: g.Ref})
+		c.Step(at(now), lease.FenceTo{Rev: lease.MaxRev})
+		now += cfg.Timers.HoldDown
+		c.Step(at(now), lease.Tick{})
 	}
 }

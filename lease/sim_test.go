@@ -37,6 +37,7 @@ type sim struct {
 	granted map[lease.Resource]lease.Gen // highest generation acknowledged to a client
 	gens    map[lease.Resource]lease.Gen // highest generation committed
 	leases  map[string]lease.Grant       // as the hosts believe
+	until   map[string]time.Duration     // what was promised to them
 	reuses  int                          // addresses that changed hands
 }
 
@@ -80,6 +81,7 @@ func newSim(draw func(n int) int, bug string) *sim {
 		draw: draw, bug: bug, wall: time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC),
 		records: map[lease.Resource]lease.Address{}, members: map[string]lease.Member{},
 		granted: map[lease.Resource]lease.Gen{}, gens: map[lease.Resource]lease.Gen{}, leases: map[string]lease.Grant{},
+		until: map[string]time.Duration{},
 	}
 	for i, name := range []string{"tep1", "tep2"} {
 		g := &gate{name: name, ppm: int64(i*400 - 200), table: map[lease.Resource]lease.Binding{}}
@@ -142,10 +144,16 @@ func (s *sim) step(ev lease.Event) (lease.Actions, error) {
 		}
 		s.records[c.Address.Resource] = c.Address
 	}
+	for _, e := range a.Ended {
+		if e.Reason == lease.ReasonExpired && s.now < s.until[e.Host] {
+			return a, fmt.Errorf("I2: %s of %s ended at %s, promised until %s", e.Ref, e.Host, s.now, s.until[e.Host])
+		}
+	}
 	s.fence.Publish(s.now, s.cell.Last())
 	if a.Grant != nil {
 		s.granted[a.Grant.Resource] = max(s.granted[a.Grant.Resource], a.Grant.Gen)
 		s.leases[a.Grant.Host] = *a.Grant
+		s.until[a.Grant.Host] = s.now + a.Grant.Valid
 	}
 	return a, nil
 }

@@ -33,6 +33,8 @@ type rules struct {
 	fencedAt func(*Address) Rev
 	// takesReserved says that a Bind may take the reservation of another host.
 	takesReserved bool
+	// writes says whether a renewal must be written.
+	writes func(durable, valid time.Duration) bool
 	// newGen returns the generation of a bind.
 	newGen func(*Cell, Rev) Gen
 }
@@ -41,6 +43,7 @@ func defaultRules() rules {
 	return rules{
 		fencedAt:      func(a *Address) Rev { return a.RevokeRev },
 		takesReserved: true,
+		writes:        func(durable, valid time.Duration) bool { return durable < valid },
 		newGen:        func(c *Cell, r Rev) Gen { return MakeGen(c.epoch, r) },
 	}
 }
@@ -321,7 +324,8 @@ func (c *Core) All(now time.Duration) iter.Seq[Info] {
 	}
 }
 
-// Bindings yields the bindings of the slice, in order: what gateways hold once they applied everything.
+// Bindings yields the bindings of the slice, in order: what gateways hold once they applied everything up to Cell.Last.
+// Events whose commits are still under way are among them; they must be durable before a gateway gets a byte.
 func (c *Core) Bindings() iter.Seq[Binding] {
 	return func(yield func(Binding) bool) {
 		for i := range c.entries {

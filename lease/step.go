@@ -118,7 +118,7 @@ func (c *Core) extend(now Now, i int32, want time.Duration, mtu uint16) {
 	moved := mtu != 0 && mtu != e.MTU
 	// A shorter validity never takes back what was promised before.
 	c.setTimer(i, max(e.at, now.Mono+valid))
-	if moved || e.durable-now.Mono < valid {
+	if moved || c.rules.writes(e.durable-now.Mono, valid) {
 		e.durable = max(e.durable, now.Mono+2*valid)
 		e.Until = now.Wall.Add(e.durable - now.Mono)
 		e.Rev = c.cell.NextRev()

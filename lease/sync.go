@@ -30,7 +30,7 @@ type PoolChange struct {
 	Removed bool
 }
 
-// BindRecord, UnbindRecord and PoolRecord build records.
+// BindRecord builds the record that adds or replaces a binding.
 func BindRecord(rev Rev, b Binding) Record {
 	return Record{Rev: rev, Kind: KindBind, Critical: true, Bind: b}
 }
@@ -111,7 +111,7 @@ type (
 // service and at every gateway. It finds mistakes, not forgeries.
 type Digest uint64
 
-// AddBinding and the like move a digest along with its table; the sum is modulo 2^64, so removal is subtraction.
+// AddBinding puts a binding into the sum, which is modulo 2^64, so that removal is subtraction.
 func (d *Digest) AddBinding(b Binding) { *d += Digest(hashBinding(b)) }
 
 // RemoveBinding takes a binding out of the sum.

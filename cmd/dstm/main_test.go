@@ -150,12 +150,12 @@ func TestArguments(t *testing.T) {
 		args []string
 		want string
 	}{
-		{"no such command", []string{"lose"}, `dstm does not know "lose"; see dstm --help`},
-		{"half a command", []string{"lease"}, "dstm lease needs a command"},
+		{"no such command", []string{"lose"}, `unknown command or argument "lose"; see dstm --help`},
+		{"half a command", []string{"lease"}, "lease needs a command"},
 		{"no such flag", []string{"who", "--when", "x"}, "unknown flag: --when"},
 		{"no server", []string{"pool", "ls"}, "no lease service: neither lease_service.servers in " + DefaultPath + " nor --server"},
 		{"server without port", []string{"pool", "ls", "--server", "lease1"}, `--server "lease1" is not ADDRESS:PORT, for example [2001:db8:2::10]:3545`},
-		{"no address", append(server, "who"), "dstm who wants one address, got 0 arguments"},
+		{"no address", append(server, "who"), "who wants one address, got 0 arguments"},
 		{"IPv6", append(server, "who", "2001:db8::1"), `"2001:db8::1" is not an IPv4 address`},
 		{"generation", append(server, "lease", "revoke", "198.51.100.1", "--gen", "42"), `--gen "42" is not EPOCH.REVISION, for example 1.42`},
 		{"time", append(server, "who", "198.51.100.1", "--at", "soon"), `--at "soon": want 2026-01-02T15:04:05Z, 15:04:05 (today, UTC) or a duration ago such as 90m`},

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -68,25 +69,28 @@ func group(use, short string, sub ...*cobra.Command) *cobra.Command {
 		Use: use, Short: short, Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			_ = cmd.Help()
-			return daemon.Usage(fmt.Errorf("%s needs a command", cmd.CommandPath()))
+			return daemon.Usage(fmt.Errorf("%s needs a command", name(cmd)))
 		},
 	}
 	cmd.AddCommand(sub...)
 	return cmd
 }
 
+// name is the command's path without the program, which begins every error already.
+func name(cmd *cobra.Command) string { return strings.TrimPrefix(cmd.CommandPath(), "dstm ") }
+
 func noArgs(cmd *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return daemon.Usage(fmt.Errorf("%s does not know %q; see %s --help", cmd.CommandPath(), args[0], cmd.CommandPath()))
+		return daemon.Usage(fmt.Errorf("unknown command or argument %q; see %s --help", args[0], cmd.CommandPath()))
 	}
 	return nil
 }
 
 // oneArg asks for one argument by name.
-func oneArg(name string) cobra.PositionalArgs {
+func oneArg(what string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		if len(args) != 1 {
-			return daemon.Usage(fmt.Errorf("%s wants one %s, got %d arguments", cmd.CommandPath(), name, len(args)))
+			return daemon.Usage(fmt.Errorf("%s wants one %s, got %d arguments", name(cmd), what, len(args)))
 		}
 		return nil
 	}

@@ -100,7 +100,8 @@ func (r *Replica) Hello(bootNS uint64) lease.Hello {
 	return h
 }
 
-// Session takes the answer to a Hello or Heartbeat. An error ends the stream; so does every error of this type.
+// Session takes the answer to a Hello or Heartbeat. After an error, here or in Batch and Snapshot, the caller must end the
+// stream and say Hello again.
 func (r *Replica) Session(m lease.SessionReply) (Out, error) {
 	if m.EchoBootNS > r.sent {
 		return Out{}, fmt.Errorf("session reply echoes boot time %d, the newest sent is %d", m.EchoBootNS, r.sent)
