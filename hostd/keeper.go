@@ -411,7 +411,7 @@ func (k *keeper) onPath(now instant, ev evPath) []any {
 	switch {
 	case ev.source != k.lease.Host && !(k.call != 0 && k.calling.source == ev.source):
 		return k.rebind("tunnel source changed")
-	case ev.mtu != old.mtu && k.call == 0:
+	case ev.mtu != k.calling.mtu && k.call == 0: // calling is the last that was told
 		k.to(StateRenewing, "tunnel mtu changed")
 		return k.ask(request{ref: k.lease.ref()})
 	}
