@@ -82,7 +82,8 @@ type Agent struct {
 	events   chan any
 	wake     chan struct{} // the attend task has something to look at
 
-	k keeper // of the goroutine of loop
+	k       keeper // of the goroutine of loop
+	refusal string // the last that was logged; likewise
 
 	mu   sync.Mutex // guards what follows
 	view view
@@ -188,6 +189,9 @@ func (a *Agent) work(ctx context.Context) error {
 	changes, err := a.Network.Watch(ctx) // before the first read, so that nothing is missed
 	if err != nil {
 		return err
+	}
+	if err := a.look(ctx); err != nil {
+		a.Log.Warn("network not read", "err", err)
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.watch(ctx, changes) })

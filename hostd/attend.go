@@ -163,12 +163,9 @@ type netState struct {
 	native  bool           // an IPv4 default route that is not ours
 }
 
-// watch reads the network at the start and after changes, and tells the keeper and the service.
+// watch reads the network after changes.
 func (a *Agent) watch(ctx context.Context, changes <-chan struct{}) error {
 	for {
-		if err := a.look(ctx); err != nil {
-			a.Log.Warn("network not read", "err", err)
-		}
 		select {
 		case _, ok := <-changes:
 			if !ok {
@@ -186,10 +183,13 @@ func (a *Agent) watch(ctx context.Context, changes <-chan struct{}) error {
 		case <-changes:
 		default:
 		}
+		if err := a.look(ctx); err != nil {
+			a.Log.Warn("network not read", "err", err)
+		}
 	}
 }
 
-// look reads the network and acts on what differs.
+// look reads the network and tells the keeper and the service what differs.
 func (a *Agent) look(ctx context.Context) error {
 	a.mu.Lock()
 	old, v := a.view.net, a.view
@@ -200,6 +200,11 @@ func (a *Agent) look(ctx context.Context) error {
 	}
 	moved := cur.source != old.source || cur.hop.Link != old.hop.Link || cur.hop.Gateway != old.hop.Gateway
 	reported := !slices.Equal(cur.sources, old.sources)
+	if cur.mtu != old.mtu {
+		if err := a.Network.SetDevice(a.cfg.Device.Name, int(cur.mtu)); err != nil {
+			a.Log.Warn("mtu not set", "mtu", cur.mtu, "err", err)
+		}
+	}
 	a.mu.Lock()
 	a.view.net = cur
 	if moved {
@@ -208,7 +213,7 @@ func (a *Agent) look(ctx context.Context) error {
 	stream := a.view.stream
 	a.mu.Unlock()
 	if moved {
-		a.Log.Info("way out", "old", old.source.String(), "new", cur.source.String(), "link", cur.hop.Link, "mtu", cur.mtu)
+		a.Log.Info("way out", "old", text(old.source), "new", text(cur.source), "link", cur.hop.Link, "mtu", cur.mtu)
 		if old.source.IsValid() {
 			a.Service.Reset()
 		}
@@ -216,11 +221,6 @@ func (a *Agent) look(ctx context.Context) error {
 	} else if reported && stream != nil {
 		if err := stream.Sources(cur.sources); err != nil {
 			a.Log.Debug("sources not sent", "err", err)
-		}
-	}
-	if cur.mtu != old.mtu {
-		if err := a.Network.SetDevice(a.cfg.Device.Name, int(cur.mtu)); err != nil {
-			a.Log.Warn("mtu not set", "mtu", cur.mtu, "err", err)
 		}
 	}
 	why := ""
@@ -268,4 +268,12 @@ func (a *Agent) read(v view) (netState, error) {
 		}
 	}
 	return n, nil
+}
+
+// text shows an address that need not be there.
+func text(a netip.Addr) string {
+	if !a.IsValid() {
+		return "none"
+	}
+	return a.String()
 }

@@ -427,7 +427,9 @@ func (k *keeper) rebind(why string) []any {
 func (k *keeper) onWelcome(now instant, ev evWelcome) []any {
 	k.t1, k.t2, k.idle = ev.timers.t1, ev.timers.t2, ev.timers.idle
 	switch {
-	case k.state.holds() && ev.known != k.lease.ref() && k.call == 0:
+	case k.state.holds() && ev.known == k.lease.ref():
+		return []any{actAnswer{ev.known}} // the stream that should have said so may have been down
+	case k.state.holds() && k.call == 0:
 		return k.rebind("the lease service knows another lease")
 	case k.state == StateIdle && ev.known.Addr.IsValid():
 		// Of an earlier life of this host: nobody here uses it.

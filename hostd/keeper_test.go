@@ -207,7 +207,7 @@ func TestKeeper(t *testing.T) {
 			{0, evWelcome{ref1, newKeeper().timers}, StateIdle, []any{actRelease{ref1, lease.ReasonIdle}}},
 		}},
 		{"the service forgot the lease", append(heldFrom(),
-			row{2 * sec, evWelcome{ref1, newKeeper().timers}, StateHeld, nil},
+			row{2 * sec, evWelcome{ref1, newKeeper().timers}, StateHeld, []any{actAnswer{ref1}}},
 			row{3 * sec, evWelcome{lease.Ref{}, newKeeper().timers}, StateRenewing, []any{
 				actCall{2, request{trigger: lease.TriggerSocket, source: src1, mtu: testMTU, want: ip7}},
 			}},

@@ -79,11 +79,20 @@ func (a *Agent) show() {
 	a.metrics.state(a.k.state)
 }
 
-// report logs a change once. What comes and goes with every renewal is for debugging.
+// report logs what people want to know: a lease got, lost, refused, and standby. Steps on the way there, renewals and a
+// refusal for the same reason as the last are for debugging.
 func (a *Agent) report(old State) {
-	log := a.Log.Info
-	if old.holds() && a.k.state.holds() {
+	log, now := a.Log.Info, a.k.state
+	switch {
+	case old.holds() && now.holds(), now == StateBinding, now == StateReleasing:
 		log = a.Log.Debug
+	case now == StateBackingOff || old == StateBackingOff:
+		if a.k.why == a.refusal {
+			log = a.Log.Debug
+		}
+		a.refusal = a.k.why
+	case now == StateHeld:
+		a.refusal = ""
 	}
 	args := []any{"old", old.String(), "new", a.k.state.String(), "reason", a.k.why}
 	if old.holds() || a.k.state.holds() {
