@@ -138,7 +138,7 @@ func (a *Agent) timers(t1, t2 float64, idle time.Duration) timers {
 // Run brings the interface up, calls ready and works until ctx ends; then it gives the lease back and removes everything.
 // A lease service that cannot be reached is no error: it is tried until it can.
 func (a *Agent) Run(ctx context.Context, ready func()) error {
-	if err := a.checkDevice(); err != nil {
+	if err := CheckDevice(a.Network, a.cfg.Device.Name); err != nil {
 		return err
 	}
 	if err := a.Network.Cleanup(); err != nil { // what a killed one left
@@ -152,14 +152,17 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	return errors.Join(err, a.down())
 }
 
-// checkDevice refuses an interface that is there already: a former one of ours ended with its process.
-func (a *Agent) checkDevice() error {
-	l, there, err := a.Network.Link(a.cfg.Device.Name)
+// CheckDevice refuses an interface that is there already: a former one of ours ended with its process.
+func CheckDevice(n interface {
+	Link(name string) (netcfg.Link, bool, error)
+}, name string,
+) error {
+	l, there, err := n.Link(name)
 	if err != nil {
 		return err
 	}
 	if there {
-		return fmt.Errorf("interface %s (%s) exists already and is not ours: remove it, stop the program that made it, or set device.name", l.Name, l.Kind)
+		return fmt.Errorf("interface %s (%s) exists already and is not ours: stop the program that made it, remove it, or set device.name", l.Name, l.Kind)
 	}
 	return nil
 }

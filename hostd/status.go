@@ -2,8 +2,11 @@ package hostd
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net/http"
 	"net/netip"
+	"strings"
 
 	"github.com/dstm-project/dstm/dataplane"
 	"github.com/dstm-project/dstm/internal/daemon"
@@ -45,6 +48,18 @@ func (a *Agent) Status() Status {
 		s.LeftMS = max(0, v.lease.deadline()-a.Now()).Milliseconds()
 	}
 	return s
+}
+
+// Ready says why the host could not get a lease now; nil: it could.
+func (a *Agent) Ready() error {
+	s := a.Status()
+	switch {
+	case s.Attended || strings.HasPrefix(s.State, StateStandby.String()):
+		return nil
+	case s.Problem == "":
+		return errors.New("not registered at the lease service yet")
+	}
+	return fmt.Errorf("not registered at the lease service: %s", s.Problem)
 }
 
 // Drops is GET /drops, schema dstm.drops/1: rx = tx + consumed + the sum of drops, in each direction.
