@@ -84,7 +84,7 @@ func (a *Agent) show() {
 func (a *Agent) report(old State) {
 	log, now := a.Log.Info, a.k.state
 	switch {
-	case old.holds() && now.holds(), now == StateBinding, now == StateReleasing:
+	case old == now, old.holds() && now.holds(), now == StateBinding, now == StateReleasing:
 		log = a.Log.Debug
 	case now == StateBackingOff || old == StateBackingOff:
 		if a.k.why == a.refusal {
