@@ -42,11 +42,11 @@ func (a *app) remote(cmd *cobra.Command, ask func(ctx context.Context, op operat
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), a.timeout)
 		defer cancel()
-		op, err := a.connect(ctx, c)
+		op, end, err := a.connect(c)
 		if err != nil {
 			return err
 		}
-		return errors.Join(ask(ctx, op, args), op.Close())
+		return errors.Join(sentence(ask(ctx, op, args)), end())
 	}
 	return cmd
 }
@@ -69,20 +69,21 @@ func (a *app) leaseCommand() *cobra.Command {
 }
 
 func (a *app) listLeases(ctx context.Context, op operator, pool string) error {
-	ls, err := op.Leases(ctx, pool)
+	infos, err := op.Leases(ctx, pool)
 	if err != nil {
 		return err
 	}
+	ls := views(infos, viewLease)
 	if a.json {
 		return a.printJSON("dstm.lease/1", struct {
 			Leases []leaseView `json:"leases"`
-		}{notNil(ls)})
+		}{ls})
 	}
 	rows := make([][]string, 0, len(ls))
 	for _, l := range ls {
 		rows = append(rows, []string{
 			l.Addr, l.State, l.Gen, l.Host, l.Source, l.Pool, left(time.Duration(l.LeftMS) * time.Millisecond),
-			instant(value(l.Bound)), strings.Join(l.Waiting, ","),
+			instant(l.Bound), strings.Join(l.Waiting, ","),
 		})
 	}
 	return table(a.out, []string{"ADDRESS", "STATE", "GENERATION", "HOST", "SOURCE", "POOL", "LEFT", "BOUND", "WAITING FOR"}, rows)
@@ -137,14 +138,15 @@ func (a *app) who(ctx context.Context, op operator, arg string, at time.Time) er
 	if err != nil {
 		return err
 	}
-	hs, err := op.Who(ctx, ip, port, at)
+	held, err := op.Who(ctx, ip, port, at)
 	if err != nil {
 		return err
 	}
+	hs := views(held, viewHolding)
 	if a.json {
 		return a.printJSON("dstm.who/1", struct {
 			Holdings []holdingView `json:"holdings"`
-		}{notNil(hs)})
+		}{hs})
 	}
 	if len(hs) == 0 {
 		_, err := fmt.Fprintf(a.out, "no record of a holder of %s%s\n", arg, atText(at))
@@ -153,7 +155,7 @@ func (a *app) who(ctx context.Context, op operator, arg string, at time.Time) er
 	rows := make([][]string, 0, len(hs))
 	for _, h := range hs {
 		rows = append(rows, []string{
-			h.Addr, h.Host, h.Source, instant(value(h.Bound)), instant(value(h.Unbound)), instant(value(h.Fenced)), h.End, h.Gen,
+			h.Addr, h.Host, h.Source, instant(h.Bound), instant(h.Unbound), instant(h.Fenced), h.End, h.Gen,
 		})
 	}
 	return table(a.out, []string{"ADDRESS", "HOST", "SOURCE", "BOUND", "UNBOUND", "FENCED", "END", "GENERATION"}, rows)
@@ -169,14 +171,15 @@ func atText(at time.Time) string {
 func (a *app) poolCommand() *cobra.Command {
 	ls := a.remote(&cobra.Command{Use: "ls", Short: "List the pools and how full they are", Args: noArgs},
 		func(ctx context.Context, op operator, _ []string) error {
-			ps, err := op.Pools(ctx)
+			infos, err := op.Pools(ctx)
 			if err != nil {
 				return err
 			}
+			ps := views(infos, viewPool)
 			if a.json {
 				return a.printJSON("dstm.pool/1", struct {
 					Pools []poolView `json:"pools"`
-				}{notNil(ps)})
+				}{ps})
 			}
 			rows := make([][]string, 0, len(ps))
 			for _, p := range ps {
@@ -193,14 +196,15 @@ func (a *app) poolCommand() *cobra.Command {
 func (a *app) tepCommand() *cobra.Command {
 	ls := a.remote(&cobra.Command{Use: "ls", Short: "List the gateways as the lease service sees them", Args: noArgs},
 		func(ctx context.Context, op operator, _ []string) error {
-			ts, err := op.TEPs(ctx)
+			infos, err := op.TEPs(ctx)
 			if err != nil {
 				return err
 			}
+			ts := views(infos, viewTEP)
 			if a.json {
 				return a.printJSON("dstm.tep/1", struct {
 					TEPs []tepView `json:"teps"`
-				}{notNil(ts)})
+				}{ts})
 			}
 			rows := make([][]string, 0, len(ts))
 			for _, t := range ts {
@@ -219,21 +223,6 @@ func yesNo(b bool) string {
 		return "yes"
 	}
 	return "no"
-}
-
-// notNil makes an empty list "[]" in JSON.
-func notNil[T any](s []T) []T {
-	if s == nil {
-		return []T{}
-	}
-	return s
-}
-
-func value(t *time.Time) time.Time {
-	if t == nil {
-		return time.Time{}
-	}
-	return *t
 }
 
 func ipv4(s string) (netip.Addr, error) {

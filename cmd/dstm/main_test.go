@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -17,9 +18,12 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/dstm-project/dstm/internal/daemon"
 	"github.com/dstm-project/dstm/lease"
+	"github.com/dstm-project/dstm/leasesvc/leaseclient"
 )
 
 var update = flag.Bool("update", os.Getenv("DSTM_UPDATE") == "1", "write the golden files")
@@ -29,37 +33,43 @@ var noon = time.Date(2026, 1, 2, 12, 0, 0, 0, time.UTC)
 // fake is a lease service that says what a test put into it and notes what it was asked.
 type fake struct {
 	err     error
-	asked   []string
-	who     []holdingView
+	who     []leaseclient.Holding
 	config  Config
 	revoked lease.Ref
 	at      time.Time
 }
 
-func (f *fake) Leases(_ context.Context, pool string) ([]leaseView, error) {
-	f.asked = append(f.asked, "leases "+pool)
-	bound := noon.Add(-time.Hour)
-	return []leaseView{
-		{Addr: "198.51.100.1", Gen: "1.42", State: "BOUND", Host: "host1", Source: "2001:db8:1::a", Pool: "main", LeftMS: 600_000, Bound: &bound},
-		{Addr: "198.51.100.2", Gen: "1.7", State: "REVOKING", Host: "host2", Source: "2001:db8:1::b", Pool: "main", Waiting: []string{"tep1", "tep2"}},
-		{Addr: "198.51.100.3", State: "RESERVED", Host: "host3", Pool: "main", LeftMS: 9_000},
+func ref(addr string, gen lease.Gen) lease.Ref {
+	return lease.Ref{Resource: lease.Whole(netip.MustParseAddr(addr)), Gen: gen}
+}
+
+var (
+	host1 = netip.MustParseAddr("2001:db8:1::a")
+	host2 = netip.MustParseAddr("2001:db8:1::b")
+)
+
+func (f *fake) Leases(_ context.Context, pool string) ([]leaseclient.LeaseInfo, error) {
+	return []leaseclient.LeaseInfo{
+		{Ref: ref("198.51.100.1", lease.MakeGen(1, 42)), State: "BOUND", HostID: "host1", Host: host1, Pool: pool, Left: 10 * time.Minute, Bound: noon.Add(-time.Hour)},
+		{Ref: ref("198.51.100.2", lease.MakeGen(1, 7)), State: "REVOKING", HostID: "host2", Host: host2, Pool: pool, Waiting: []string{"tep1", "tep2"}},
+		{Ref: ref("198.51.100.3", 0), State: "RESERVED", HostID: "host3", Pool: pool, Left: 9 * time.Second},
 	}, f.err
 }
 
-func (f *fake) Who(_ context.Context, a netip.Addr, _ uint16, at time.Time) ([]holdingView, error) {
-	f.asked = append(f.asked, "who "+a.String())
+func (f *fake) Who(_ context.Context, _ netip.Addr, _ uint16, at time.Time) ([]leaseclient.Holding, error) {
 	f.at = at
 	return f.who, f.err
 }
 
-func (f *fake) Pools(context.Context) ([]poolView, error) {
-	return []poolView{{Name: "main", Prefix: "198.51.100.0/24", TEP: "2001:db8:a::1", Size: 254, Bound: 2, Revoking: 1, HeldDown: 3, Free: 248}}, f.err
+func (f *fake) Pools(context.Context) ([]leaseclient.PoolInfo, error) {
+	p := lease.Pool{Name: "main", Prefix: netip.MustParsePrefix("198.51.100.0/24"), TEP: netip.MustParseAddr("2001:db8:a::1")}
+	return []leaseclient.PoolInfo{{Pool: p, Size: 254, Bound: 2, Revoking: 1, HeldDown: 3, Free: 248}}, f.err
 }
 
-func (f *fake) TEPs(context.Context) ([]tepView, error) {
-	return []tepView{
-		{ID: "tep1", Connected: true, Serving: true, Session: 3, AckedRev: 42, HeadRev: 42, DeadlineMS: 14_400_000},
-		{ID: "tep2", Session: 1, AckedRev: 7, HeadRev: 42},
+func (f *fake) TEPs(context.Context) ([]leaseclient.TEPInfo, error) {
+	return []leaseclient.TEPInfo{
+		{ID: "tep1", Connected: true, Serving: true, Session: 3, Acked: 42, Head: 42, DeadlineLeft: 4 * time.Hour},
+		{ID: "tep2", Session: 1, Acked: 7, Head: 42},
 	}, f.err
 }
 
@@ -68,15 +78,16 @@ func (f *fake) Revoke(_ context.Context, r lease.Ref) error {
 	return f.err
 }
 
-func (f *fake) Close() error { return nil }
-
 // dstm runs the tool against a lease service.
 func dstm(t *testing.T, f *fake, args ...string) (string, error) {
 	t.Helper()
 	var out bytes.Buffer
 	err := run(t.Context(), env{
 		out: &out, now: func() time.Time { return noon },
-		connect: func(_ context.Context, c *Config) (operator, error) { f.config = *c; return f, nil },
+		connect: func(c *Config) (operator, func() error, error) {
+			f.config = *c
+			return f, func() error { return nil }, nil
+		},
 	}, args)
 	return out.String(), err
 }
@@ -101,11 +112,13 @@ func golden(t *testing.T, name, got string) {
 	}
 }
 
-func holdings() []holdingView {
-	b1, u1, f1, b2 := noon.Add(-2*time.Hour), noon.Add(-time.Hour), noon.Add(-time.Hour+time.Second), noon.Add(-30*time.Minute)
-	return []holdingView{
-		{Addr: "198.51.100.1", Gen: "1.42", Host: "host2", Source: "2001:db8:1::b", Bound: &b2},
-		{Addr: "198.51.100.1", Gen: "1.7", Host: "host1", Source: "2001:db8:1::a", Bound: &b1, Unbound: &u1, Fenced: &f1, End: "IDLE"},
+func holdings() []leaseclient.Holding {
+	return []leaseclient.Holding{
+		{Ref: ref("198.51.100.1", lease.MakeGen(1, 42)), HostID: "host2", Host: host2, Bound: noon.Add(-30 * time.Minute)},
+		{
+			Ref: ref("198.51.100.1", lease.MakeGen(1, 7)), HostID: "host1", Host: host1, Bound: noon.Add(-2 * time.Hour),
+			Unbound: noon.Add(-time.Hour), Fenced: noon.Add(-time.Hour + time.Second), End: lease.ReasonIdle,
+		},
 	}
 }
 
@@ -196,8 +209,7 @@ func TestWhat(t *testing.T) {
 	if _, err := dstm(t, f, append(server, "lease", "revoke", "198.51.100.1", "--gen", "1.42")...); err != nil {
 		t.Fatal(err)
 	}
-	want := lease.Ref{Resource: lease.Whole(netip.MustParseAddr("198.51.100.1")), Gen: lease.MakeGen(1, 42)}
-	if f.revoked != want {
+	if want := ref("198.51.100.1", lease.MakeGen(1, 42)); f.revoked != want {
 		t.Errorf("revoked %s, want %s", f.revoked, want)
 	}
 }
@@ -278,4 +290,28 @@ func TestLocal(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
+}
+
+func TestSentence(t *testing.T) {
+	refusal := &leaseclient.Error{Code: codes.FailedPrecondition, Reason: lease.ReasonStaleGeneration, Msg: "not bound"}
+	for _, tt := range []struct {
+		err  error
+		want string
+	}{
+		{nil, ""},
+		{fmt.Errorf("revoke: %w", refusal), "revoke: " + refusal.Error()},
+		{fmt.Errorf("pools: %w", status.Error(codes.Unavailable, "no route to host")), "lease service cannot be reached: no route to host"},
+		{fmt.Errorf("pools: %w", status.Error(codes.DeadlineExceeded, "x")), "lease service does not answer in time; see --timeout"},
+		{fmt.Errorf("pools: %w", context.DeadlineExceeded), "lease service does not answer in time; see --timeout"},
+		{fmt.Errorf("pools: %w", status.Error(codes.PermissionDenied, "role host may not")), "lease service: role host may not"},
+		{errors.New("other"), "other"},
+	} {
+		got := ""
+		if err := sentence(tt.err); err != nil {
+			got = err.Error()
+		}
+		if got != tt.want {
+			t.Errorf("%v: got %q, want %q", tt.err, got, tt.want)
+		}
+	}
 }

@@ -17,7 +17,7 @@ import (
 type env struct {
 	out     io.Writer
 	now     func() time.Time
-	connect func(ctx context.Context, c *Config) (operator, error)
+	connect func(c *Config) (operator, func() error, error)
 }
 
 // app is one run of the tool.

@@ -1,0 +1,68 @@
+package leaseclient
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"google.golang.org/grpc"
+
+	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
+	"github.com/dstm-project/dstm/internal/wire"
+	"github.com/dstm-project/dstm/lease"
+)
+
+// Sync is one life of a gateway's stream. One goroutine receives; any may send.
+type Sync struct {
+	stream grpc.BidiStreamingClient[leasev1.SyncUp, leasev1.SyncDown]
+	cancel context.CancelFunc
+	mu     sync.Mutex
+}
+
+// Sync opens the stream and says Hello. hello is called right before sending, so that the send time in it is honest.
+func (c *Conn) Sync(ctx context.Context, hello func() lease.Hello) (*Sync, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	st, err := leasev1.NewTepsClient(c.get()).Sync(ctx)
+	if err != nil {
+		cancel()
+		return nil, fmt.Errorf("sync: %w", wire.FromStatus(err))
+	}
+	s := &Sync{stream: st, cancel: cancel}
+	if err := s.send(wire.FromHello(hello())); err != nil {
+		_, rerr := s.Recv() // Send says only EOF; Recv has the reason
+		cancel()
+		return nil, rerr
+	}
+	return s, nil
+}
+
+// Recv returns the next lease.SessionReply, lease.SnapshotChunk or lease.Batch. An error ends the stream.
+func (s *Sync) Recv() (any, error) {
+	m, err := s.stream.Recv()
+	if err != nil {
+		return nil, fmt.Errorf("sync: %w", wire.FromStatus(err))
+	}
+	v, err := wire.SyncDown(m)
+	if err != nil {
+		return nil, fmt.Errorf("sync: %w", err)
+	}
+	return v, nil
+}
+
+// Heartbeat sends a heartbeat.
+func (s *Sync) Heartbeat(h lease.Heartbeat) error { return s.send(wire.FromHeartbeat(h)) }
+
+// Ack sends an acknowledgement.
+func (s *Sync) Ack(a lease.Ack) error { return s.send(wire.FromAck(a)) }
+
+func (s *Sync) send(m *leasev1.SyncUp) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.stream.Send(m); err != nil {
+		return fmt.Errorf("sync: %w", err)
+	}
+	return nil
+}
+
+// Close ends the stream; Recv returns an error.
+func (s *Sync) Close() { s.cancel() }

@@ -1,0 +1,105 @@
+// Package store is the seam between the lease service and what keeps its records: what a store holds, how it is written
+// and followed, and the errors a caller must tell apart. Package storetest is the suite that every store passes.
+package store
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/netip"
+	"time"
+
+	"github.com/dstm-project/dstm/lease"
+)
+
+// Errors of stores.
+var (
+	// ErrCompacted means that a watch asks for revisions that are no longer kept; a snapshot is needed.
+	ErrCompacted = errors.New("store: revisions are no longer kept")
+	// ErrClosed means that the store was closed.
+	ErrClosed = errors.New("store: closed")
+	// ErrFailed means that an earlier commit failed: what is in memory runs ahead of the store, nothing more is written.
+	ErrFailed = errors.New("store: an earlier commit failed")
+	// ErrOrder means that a transaction's revisions do not follow on the store's newest.
+	ErrOrder = errors.New("store: revisions out of order")
+)
+
+// State is everything that a store holds but the audit records.
+type State struct {
+	Cluster   lease.ClusterID
+	Epoch     lease.Epoch
+	Last      lease.Rev // newest revision
+	Wall      time.Time // newest time written; a clock that is behind it has stepped back
+	Addresses []lease.Address
+	Members   []lease.Member
+	Pools     []lease.Pool
+}
+
+// Tx is one transaction. Revisions in it follow on those before: every one from the store's newest on is in some Tx.
+type Tx struct {
+	Commits []lease.Commit
+	Pools   []lease.Record // of KindPool
+	Members []lease.Member
+	Wall    time.Time
+}
+
+// Pending is a transaction on its way to the disk.
+type Pending struct {
+	done chan struct{}
+	err  error
+}
+
+// NewPending returns a Pending and the function that completes it, for stores.
+func NewPending() (*Pending, func(error)) {
+	p := &Pending{done: make(chan struct{})}
+	return p, func(err error) {
+		p.err = err
+		close(p.done)
+	}
+}
+
+// Done returns a Pending that is complete.
+func Done(err error) *Pending {
+	p, complete := NewPending()
+	complete(err)
+	return p
+}
+
+// Wait returns nil once the transaction is durable. Nothing that follows from it may leave before.
+func (p *Pending) Wait(ctx context.Context) error {
+	select {
+	case <-p.done:
+		return p.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Store keeps the records of a lease service. Commit is called by one goroutine at a time, in order of revision; the
+// other methods by any.
+type Store interface {
+	// Load returns what is stored. It is called once, before the first Commit.
+	Load(ctx context.Context) (State, error)
+	// Commit queues a transaction. After an error nothing more is written.
+	Commit(tx Tx) *Pending
+	// Watch follows the durable records after a revision.
+	Watch(after lease.Rev) Watcher
+	// History yields the audit records of an address, newest first, until yield returns false.
+	History(ctx context.Context, addr netip.Addr, yield func(lease.Audit) bool) error
+	// Snapshot writes a consistent copy while the store goes on.
+	Snapshot(ctx context.Context, w io.Writer) error
+	// Close waits for what is queued and closes the store.
+	Close() error
+}
+
+// Batch is a run of revisions without a gap. Revisions that concern no gateway have no record.
+type Batch struct {
+	From, To lease.Rev
+	Records  []lease.Record
+}
+
+// Watcher is a cursor over durable revisions. One goroutine uses it.
+type Watcher interface {
+	// Next waits for revisions after the cursor. ErrCompacted means that the cursor fell behind what is kept.
+	Next(ctx context.Context) (Batch, error)
+}
