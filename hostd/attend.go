@@ -105,7 +105,7 @@ func (a *Agent) attendOnce(ctx context.Context, v view) error {
 	a.mu.Unlock()
 	a.metrics.attended(true)
 	a.Log.Info("registered at the lease service", "cell", w.Cell, "host", w.HostID)
-	a.post(ctx, evWelcome{known: w.Known, timers: a.timers(float64(w.T1)/1000, float64(w.T2)/1000, w.Idle)})
+	a.post(ctx, evWelcome{said: hello.Held, known: w.Known, timers: a.timers(float64(w.T1)/1000, float64(w.T2)/1000, w.Idle)})
 	if !slices.Equal(now, v.net.sources) { // they changed while the stream came up
 		if err := s.Sources(now); err != nil {
 			return err

@@ -92,6 +92,7 @@ type (
 		mtu    uint16     // of the tunnel, inner bytes
 	}
 	evWelcome struct { // the stream is up
+		said   lease.Ref // what we said to hold
 		known  lease.Ref // the service's idea of our lease; zero Addr = none
 		timers timers
 	}
@@ -427,10 +428,11 @@ func (k *keeper) rebind(why string) []any {
 func (k *keeper) onWelcome(now instant, ev evWelcome) []any {
 	k.t1, k.t2, k.idle = ev.timers.t1, ev.timers.t2, ev.timers.idle
 	switch {
-	case k.state.holds() && ev.known == k.lease.ref():
-		return []any{actAnswer{ev.known}} // the stream that should have said so may have been down
-	case k.state.holds() && k.call == 0:
+	case k.state.holds() && k.call != 0: // its answer settles everything
+	case k.state.holds() && ev.known != k.lease.ref() && ev.said == k.lease.ref():
 		return k.rebind("the lease service knows another lease")
+	case k.state.holds():
+		return []any{actAnswer{k.lease.ref()}} // the stream that should have said so may have been down
 	case k.state == StateIdle && ev.known.Addr.IsValid():
 		// Of an earlier life of this host: nobody here uses it.
 		return []any{actRelease{ev.known, lease.ReasonIdle}}

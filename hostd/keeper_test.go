@@ -204,11 +204,12 @@ func TestKeeper(t *testing.T) {
 			row{2 * sec, evAnswer{1, granted(0, 1, src1), nil}, StateStandby, []any{actRelease{ref1, lease.ReasonIdle}}},
 		)},
 		{"a lease of an earlier life goes back", []row{
-			{0, evWelcome{ref1, newKeeper().timers}, StateIdle, []any{actRelease{ref1, lease.ReasonIdle}}},
+			{0, evWelcome{lease.Ref{}, ref1, newKeeper().timers}, StateIdle, []any{actRelease{ref1, lease.ReasonIdle}}},
 		}},
 		{"the service forgot the lease", append(heldFrom(),
-			row{2 * sec, evWelcome{ref1, newKeeper().timers}, StateHeld, []any{actAnswer{ref1}}},
-			row{3 * sec, evWelcome{lease.Ref{}, newKeeper().timers}, StateRenewing, []any{
+			row{2 * sec, evWelcome{ref1, ref1, newKeeper().timers}, StateHeld, []any{actAnswer{ref1}}},
+			row{2 * sec, evWelcome{lease.Ref{}, lease.Ref{}, newKeeper().timers}, StateHeld, []any{actAnswer{ref1}}}, // bound after the hello
+			row{3 * sec, evWelcome{ref1, lease.Ref{}, newKeeper().timers}, StateRenewing, []any{
 				actCall{2, request{trigger: lease.TriggerSocket, source: src1, mtu: testMTU, want: ip7}},
 			}},
 		)},
