@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/dstm-project/dstm/dataplane"
+	"github.com/dstm-project/dstm/internal/hostprobe"
 	"github.com/dstm-project/dstm/internal/netcfg"
 	"github.com/dstm-project/dstm/lease"
 )
@@ -43,8 +44,8 @@ type Filter interface {
 
 // Sockets asks after and ends sockets; hostprobe in production.
 type Sockets struct {
-	InUse func(...netip.Addr) (bool, error)
-	Abort func(...netip.Addr) (int, error)
+	InUse func(match func(hostprobe.Conn) bool) (bool, error)
+	Abort func(match func(hostprobe.Conn) bool) (int, error)
 }
 
 // Deps are what an Agent works with.
@@ -101,6 +102,7 @@ type view struct {
 	attended bool
 	problem  string // why not attended
 	path     uint64 // counts changes of the way out
+	sent     uint64 // packets that had gone into the tunnel at the last probe
 }
 
 // New returns an agent that does nothing yet.

@@ -1,6 +1,7 @@
 package hostd
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/google/nftables"
@@ -55,7 +56,11 @@ func (f Firewall) Set(device string, in Inbound) error {
 			}
 		}
 	}
-	if err := c.Flush(); err != nil {
+	err = c.Flush()
+	if in == InboundOpen && (errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT)) {
+		return nil // a kernel without nf_tables has no table to remove
+	}
+	if err != nil {
 		return fmt.Errorf("nft: table %s: %w", f.table().Name, err)
 	}
 	return nil

@@ -141,8 +141,8 @@ func TestAgentInKernel(t *testing.T) {
 	if got, want := command(t, "ip -4 route show default"), "default dev dstm0 proto 213 scope link metric 4096"; got != want {
 		t.Errorf("default route %q, want %q", got, want)
 	}
-	if got := command(t, "ip link show dev dstm0"); !strings.Contains(got, " mtu 1460 ") {
-		t.Errorf("device %s, want mtu 1460", got)
+	if got := command(t, "ip link show dev dstm0"); !strings.Contains(got, " mtu 1460 ") || strings.Contains(got, "MULTICAST") {
+		t.Errorf("device %s, want mtu 1460 and no multicast", got)
 	}
 	command(t, "ping -c1 -W1 239.1.1.1 || true; ping -c1 -W1 10.1.1.1 || true")
 	if s := a.Status(); s.State != "idle" {
@@ -163,7 +163,7 @@ func TestAgentInKernel(t *testing.T) {
 	if got := u.LocalAddr().(*net.UDPAddr).AddrPort().Addr(); got != ip7.Addr {
 		t.Errorf("new socket has source %s, want the lease %s", got, ip7.Addr)
 	}
-	if used, err := hostprobe.InUse(ip7.Addr); !used || err != nil {
+	if used, err := hostprobe.InUse(func(c hostprobe.Conn) bool { return c.Local == ip7.Addr }); !used || err != nil {
 		t.Errorf("lease in use: %v %v", used, err)
 	}
 

@@ -3,8 +3,11 @@ package hostd
 import (
 	"context"
 	"fmt"
+	"net/netip"
+	"slices"
 	"time"
 
+	"github.com/dstm-project/dstm/internal/hostprobe"
 	"github.com/dstm-project/dstm/lease"
 	"github.com/dstm-project/dstm/leasesvc/leaseclient"
 )
@@ -152,7 +155,7 @@ func (a *Agent) install(ctx context.Context, l held) error {
 // remove ends the local connections while the way is still there (their peers hear of it), then takes the address from
 // the kernel, so that nothing with this source can leave by another way, then the lease from the packet path.
 func (a *Agent) remove(ctx context.Context, ref lease.Ref) {
-	n, err := a.Sockets.Abort(ref.Addr, a.cfg.Device.Placeholder.Addr())
+	n, err := a.Sockets.Abort(func(c hostprobe.Conn) bool { return a.viaTunnel(c.Local, ref.Addr) })
 	if err != nil {
 		a.Log.Warn("connections not ended", "addr", ref.Addr.String(), "err", err)
 	}
@@ -225,19 +228,47 @@ func (a *Agent) release(ctx context.Context, act actRelease) {
 	}
 }
 
-// probe finds out whether the lease is in use.
+// viaTunnel reports whether a local address is the lease's, or the placeholder, which the packet path rewrites.
+func (a *Agent) viaTunnel(local, leased netip.Addr) bool {
+	return local == leased || local == a.cfg.Device.Placeholder.Addr()
+}
+
+// probe finds out whether the lease is in use: by packets that this host sent, because strangers send to every address
+// all day long, and by connections to somewhere that would ask for a lease.
 func (a *Agent) probe(ctx context.Context, b lease.Binding) {
 	ev := evUse{socketsKnown: true}
 	var err error
-	if ev.packet, err = a.DataPath.Activity(ctx); err != nil {
+	if ev.packet, err = a.lastSent(ctx); err != nil {
 		a.Log.Warn("activity of the data path not known", "err", err)
 		ev.packet = a.Now() // unknown counts as use: a lease too long is better than one cut off
 	}
-	if ev.sockets, err = a.Sockets.InUse(b.Addr, a.cfg.Device.Placeholder.Addr()); err != nil {
+	a.mu.Lock()
+	own := append(slices.Clone(a.view.net.own), a.cfg.Device.Placeholder)
+	a.mu.Unlock()
+	ev.sockets, err = a.Sockets.InUse(func(c hostprobe.Conn) bool {
+		return a.viaTunnel(c.Local, b.Addr) && destination(c.Remote, own) == CausePacket
+	})
+	if err != nil {
 		a.Log.Debug("sockets not known", "err", err)
 		ev.socketsKnown = false
 	}
 	a.post(ctx, ev)
+}
+
+// lastSent returns when the packet path was last busy, 0 if this host has sent nothing since the last probe.
+func (a *Agent) lastSent(ctx context.Context) (time.Duration, error) {
+	c, err := a.DataPath.Counters(ctx)
+	if err != nil {
+		return 0, err
+	}
+	a.mu.Lock()
+	before := a.view.sent
+	a.view.sent = c.Up.Tx
+	a.mu.Unlock()
+	if c.Up.Tx == before {
+		return 0, nil
+	}
+	return a.DataPath.Activity(ctx)
 }
 
 // flush sends what was held, now through the lease.

@@ -65,7 +65,12 @@ func classify(packet []byte, placeholder netip.Prefix, own []netip.Prefix) Cause
 	case src != placeholder.Addr():
 		return CauseSource
 	}
-	for _, p := range append(slices.Clone(own), placeholder) {
+	return destination(dst, append(slices.Clone(own), placeholder))
+}
+
+// destination says what an address is to a host with these prefixes.
+func destination(dst netip.Addr, own []netip.Prefix) Cause {
+	for _, p := range own {
 		if !p.Contains(dst) {
 			continue
 		}

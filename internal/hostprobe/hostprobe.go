@@ -1,4 +1,4 @@
-// Package hostprobe asks the kernel which sockets of this network namespace use an address, and ends them (sock_diag(7)).
+// Package hostprobe asks the kernel about the connections of this network namespace, and ends them (sock_diag(7)).
 package hostprobe
 
 import (
@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -20,6 +19,7 @@ const (
 	idOff, idLen     = 4, 48 // struct inet_diag_sockid in inet_diag_msg
 	reqIDOff         = 8     // and in inet_diag_req_v2
 	offSrc           = 8     // id.idiag_src: 16 bytes in network order, IPv4 in the first four
+	offDst           = 24    // id.idiag_dst likewise
 )
 
 // TCP states (net/tcp_states.h); a connected UDP socket is in stateEstablished.
@@ -55,22 +55,23 @@ func queries() []query {
 	}
 }
 
-// InUse reports whether a TCP connection or a connected UDP socket has one of the IPv4 addresses as its local address.
-// Listeners and unconnected UDP sockets do not count. A kernel without inet_diag for one protocol gives an error that is
-// unix.ENOENT.
-func InUse(addrs ...netip.Addr) (bool, error) {
-	found, err := find(queries(), addrs)
+// Conn is a connection by its ends. An IPv4 connection on an IPv6 socket has IPv4 addresses here.
+type Conn struct{ Local, Remote netip.Addr }
+
+// InUse reports whether there is a TCP connection or a connected UDP socket that match accepts. Listeners and unconnected
+// UDP sockets are not asked about. A kernel without inet_diag for one protocol gives an error that is unix.ENOENT.
+func InUse(match func(Conn) bool) (bool, error) {
+	found, err := find(queries(), match)
 	if len(found) > 0 {
 		return true, nil
 	}
 	return false, err
 }
 
-// Abort ends the connections that have one of the addresses as their local address: their programs get ECONNABORTED, TCP
-// peers a RST while there is a way to them. It returns how many. A kernel without CONFIG_INET_DIAG_DESTROY gives an error
-// that is unix.EOPNOTSUPP.
-func Abort(addrs ...netip.Addr) (int, error) {
-	found, err := find(queries(), addrs)
+// Abort ends the connections that match accepts: their programs get ECONNABORTED, TCP peers a RST while there is a way to
+// them. It returns how many. A kernel without CONFIG_INET_DIAG_DESTROY gives an error that is unix.EOPNOTSUPP.
+func Abort(match func(Conn) bool) (int, error) {
+	found, err := find(queries(), match)
 	if len(found) == 0 {
 		return 0, err
 	}
@@ -110,7 +111,7 @@ func open() (int, error) {
 	return fd, nil
 }
 
-func find(qs []query, addrs []netip.Addr) ([]socket, error) {
+func find(qs []query, match func(Conn) bool) ([]socket, error) {
 	fd, err := open()
 	if err != nil {
 		return nil, err
@@ -119,7 +120,7 @@ func find(qs []query, addrs []netip.Addr) ([]socket, error) {
 	var errs []error
 	var found []socket
 	for i, q := range qs {
-		ids, err := q.run(fd, uint32(i+1), addrs)
+		ids, err := q.run(fd, uint32(i+1), match)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("sock_diag: family %d protocol %d: %w", q.family, q.proto, err))
 		}
@@ -154,15 +155,15 @@ func (q query) request(seq uint32) []byte {
 	return b
 }
 
-func (q query) run(fd int, seq uint32, addrs []netip.Addr) ([][idLen]byte, error) {
+func (q query) run(fd int, seq uint32, match func(Conn) bool) ([][idLen]byte, error) {
 	if err := unix.Sendto(fd, q.request(seq), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return nil, err
 	}
-	return receive(fd, seq, addrs)
+	return receive(fd, seq, match)
 }
 
 // receive reads an answer to its end, or the next query would get the rest.
-func receive(fd int, seq uint32, addrs []netip.Addr) ([][idLen]byte, error) {
+func receive(fd int, seq uint32, match func(Conn) bool) ([][idLen]byte, error) {
 	buf := make([]byte, 64<<10)
 	var ids [][idLen]byte
 	for {
@@ -173,7 +174,7 @@ func receive(fd int, seq uint32, addrs []netip.Addr) ([][idLen]byte, error) {
 		if err != nil {
 			return ids, err
 		}
-		more, done, err := parse(buf[:n], seq, addrs)
+		more, done, err := parse(buf[:n], seq, match)
 		ids = append(ids, more...)
 		if done || err != nil {
 			return ids, err
@@ -181,9 +182,9 @@ func receive(fd int, seq uint32, addrs []netip.Addr) ([][idLen]byte, error) {
 	}
 }
 
-// parse reads the netlink messages of one datagram: the sockets that have one of the addresses, and whether the answer
+// parse reads the netlink messages of one datagram: the sockets that match accepts, and whether the answer
 // is complete.
-func parse(b []byte, seq uint32, addrs []netip.Addr) (ids [][idLen]byte, done bool, err error) {
+func parse(b []byte, seq uint32, match func(Conn) bool) (ids [][idLen]byte, done bool, err error) {
 	ne := binary.NativeEndian
 	for len(b) >= unix.NLMSG_HDRLEN {
 		size, kind := int(ne.Uint32(b[0:])), ne.Uint16(b[4:])
@@ -202,7 +203,7 @@ func parse(b []byte, seq uint32, addrs []netip.Addr) (ids [][idLen]byte, done bo
 			}
 			return ids, true, nil
 		case kind == sockDiagByFamily && len(body) >= msgLen:
-			if slices.Contains(addrs, source(body)) {
+			if match(conn(body)) {
 				ids = append(ids, [idLen]byte(body[idOff:]))
 			}
 		}
@@ -210,10 +211,10 @@ func parse(b []byte, seq uint32, addrs []netip.Addr) (ids [][idLen]byte, done bo
 	return ids, false, nil
 }
 
-// source returns the local address of an inet_diag_msg, IPv4 as such even on an IPv6 socket.
-func source(m []byte) netip.Addr {
+// conn returns the ends of an inet_diag_msg.
+func conn(m []byte) Conn {
 	if m[0] == unix.AF_INET {
-		return netip.AddrFrom4([4]byte(m[offSrc:]))
+		return Conn{netip.AddrFrom4([4]byte(m[offSrc:])), netip.AddrFrom4([4]byte(m[offDst:]))}
 	}
-	return netip.AddrFrom16([16]byte(m[offSrc:])).Unmap()
+	return Conn{netip.AddrFrom16([16]byte(m[offSrc:])).Unmap(), netip.AddrFrom16([16]byte(m[offDst:])).Unmap()}
 }

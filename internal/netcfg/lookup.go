@@ -123,12 +123,20 @@ func (c *Config) SetMTU(name string, mtu int) error {
 	return nil
 }
 
-// SetDevice sets the MTU of the interface, in bytes, unless it is 0, and sets it up.
+// SetDevice sets the MTU of a tunnel interface, in bytes, unless it is 0, takes its multicast flag off and sets it up. A
+// tunnel to one gateway carries no multicast, and programs that announce themselves on every interface leave it alone.
 func (c *Config) SetDevice(name string, mtu int) error {
 	if mtu > 0 {
 		if err := c.SetMTU(name, mtu); err != nil {
 			return err
 		}
+	}
+	l, err := c.h.LinkByName(name)
+	if err == nil && l.Attrs().RawFlags&unix.IFF_MULTICAST != 0 {
+		err = c.h.LinkSetMulticastOff(l)
+	}
+	if err != nil {
+		return fmt.Errorf("interface %s: multicast off: %w", name, err)
 	}
 	return c.SetUp(name, true)
 }
