@@ -1,0 +1,392 @@
+// Package boltstore keeps the lease service's records in one bbolt file on one machine.
+package boltstore
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+	"google.golang.org/protobuf/proto"
+
+	storev1 "github.com/dstm-project/dstm/api/store/v1"
+	"github.com/dstm-project/dstm/lease"
+	"github.com/dstm-project/dstm/leasesvc/store"
+)
+
+// layout is the version of the buckets below; a file of another one is refused.
+const layout = 1
+
+// Buckets: meta holds one record; addresses and audit are keyed by resource (and generation), members by id, pools by
+// name.
+var (
+	bucketMeta    = []byte("meta")
+	bucketAddress = []byte("address")
+	bucketAudit   = []byte("audit")
+	bucketMember  = []byte("member")
+	bucketPool    = []byte("pool")
+	keyMeta       = []byte("meta")
+	allBuckets    = [][]byte{bucketMeta, bucketAddress, bucketAudit, bucketMember, bucketPool}
+)
+
+// Options of a store. Zero values take the defaults.
+type Options struct {
+	Path     string
+	RingSize int           // records kept for reconnecting gateways; 0 = 65536
+	Lock     time.Duration // wait for another process's lock; 0 = 2s
+}
+
+const (
+	defaultRing = 1 << 16
+	defaultLock = 2 * time.Second
+	// maxGroup bounds the transactions of one fsync, so that the first of them does not wait for ever more.
+	maxGroup = 4096
+)
+
+// Store is a bbolt file behind one writer, which puts everything that waits into one transaction and one fsync.
+type Store struct {
+	db   *bbolt.DB
+	ring *store.Ring
+
+	mu     sync.Mutex
+	queue  []item
+	wake   chan struct{} // holds a token while the queue is not empty
+	queued lease.Rev     // newest revision queued
+	failed error
+	closed bool
+	done   chan struct{}
+}
+
+type item struct {
+	tx       store.Tx
+	last     lease.Rev
+	complete func(error)
+}
+
+var _ store.Store = (*Store)(nil)
+
+// Create makes a new, empty store with a new cluster id. It refuses to replace a file: write, fsync, rename, fsync of
+// the directory, so that the file is whole or not there.
+func Create(path string) error {
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("store %s exists: it is not replaced", path)
+	}
+	tmp := path + ".new"
+	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("store: %w", err)
+	}
+	if err := create(tmp); err != nil {
+		return fmt.Errorf("store %s: %w", path, err)
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	defer dir.Close()
+	if err := dir.Sync(); err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	return nil
+}
+
+func create(tmp string) error {
+	db, err := bbolt.Open(tmp, 0o600, &bbolt.Options{Timeout: defaultLock})
+	if err != nil {
+		return err
+	}
+	err = db.Update(func(tx *bbolt.Tx) error {
+		for _, b := range allBuckets {
+			if _, err := tx.CreateBucket(b); err != nil {
+				return err
+			}
+		}
+		id := make([]byte, len(lease.ClusterID{}))
+		_, _ = rand.Read(id) // never fails, see crypto/rand
+		return putProto(tx.Bucket(bucketMeta), keyMeta, &storev1.Meta{ClusterId: id, Epoch: 1, Layout: layout})
+	})
+	return errors.Join(err, db.Close())
+}
+
+// Open opens a store and checks its pages. A missing, empty or damaged file is an error: a lease service that starts
+// with nothing would lease addresses that are in use.
+func Open(o Options) (*Store, error) {
+	if o.RingSize == 0 {
+		o.RingSize = defaultRing
+	}
+	if o.Lock == 0 {
+		o.Lock = defaultLock
+	}
+	st, err := os.Stat(o.Path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("store %s does not exist: create one with leasesvc --create-store, or restore a copy", o.Path)
+	case err != nil:
+		return nil, fmt.Errorf("store: %w", err)
+	case st.Size() == 0:
+		return nil, fmt.Errorf("store %s is empty: restore a copy; a new store would lease addresses that are in use", o.Path)
+	}
+	db, last, err := openChecked(o)
+	if errors.Is(err, berrors.ErrTimeout) {
+		return nil, fmt.Errorf("store %s is locked by another process", o.Path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("store %s is damaged: %w: restore a copy", o.Path, err)
+	}
+	s := &Store{
+		db: db, ring: store.NewRing(o.RingSize, last), queued: last,
+		wake: make(chan struct{}, 1), done: make(chan struct{}),
+	}
+	go s.write()
+	return s, nil
+}
+
+// Load implements store.Store.
+func (s *Store) Load(context.Context) (store.State, error) {
+	var st store.State
+	err := s.db.View(func(tx *bbolt.Tx) error {
+		var m storev1.Meta
+		if err := getProto(tx.Bucket(bucketMeta), keyMeta, &m); err != nil {
+			return err
+		}
+		st.Cluster, st.Epoch = lease.ClusterID(m.ClusterId), lease.Epoch(m.Epoch)
+		st.Last, st.Wall = lease.Rev(m.LastRev), fromNanos(m.LastWall)
+		return errors.Join(
+			tx.Bucket(bucketAddress).ForEach(func(k, v []byte) error {
+				a, err := decodeAddress(k, v)
+				st.Addresses = append(st.Addresses, a)
+				return err
+			}),
+			tx.Bucket(bucketMember).ForEach(func(k, v []byte) error {
+				var m storev1.Member
+				if err := proto.Unmarshal(v, &m); err != nil {
+					return err
+				}
+				st.Members = append(st.Members, lease.Member{TEP: string(k), Instance: m.Instance, Session: m.Session})
+				return nil
+			}),
+			tx.Bucket(bucketPool).ForEach(func(k, v []byte) error {
+				p, err := decodePool(k, v)
+				st.Pools = append(st.Pools, p)
+				return err
+			}),
+		)
+	})
+	if err != nil {
+		return store.State{}, fmt.Errorf("store: %w", err)
+	}
+	return st, nil
+}
+
+// Commit implements store.Store.
+func (s *Store) Commit(tx store.Tx) *store.Pending {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.closed:
+		return store.Done(store.ErrClosed)
+	case s.failed != nil:
+		return store.Done(s.failed)
+	}
+	last, err := sequence(tx, s.queued)
+	if err != nil {
+		return store.Done(err)
+	}
+	p, complete := store.NewPending()
+	s.queued = last
+	s.queue = append(s.queue, item{tx, last, complete})
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+	return p
+}
+
+// sequence checks that the revisions of tx follow on last and returns the new last.
+func sequence(tx store.Tx, last lease.Rev) (lease.Rev, error) {
+	next := func(r lease.Rev) error {
+		if r != last+1 {
+			return fmt.Errorf("%w: revision %d after %d", store.ErrOrder, r, last)
+		}
+		last = r
+		return nil
+	}
+	for _, c := range tx.Commits {
+		if err := next(c.Rev); err != nil {
+			return 0, err
+		}
+	}
+	for _, p := range tx.Pools {
+		if err := next(p.Rev); err != nil {
+			return 0, err
+		}
+	}
+	return last, nil
+}
+
+// write is the one writer.
+func (s *Store) write() {
+	defer close(s.done)
+	for range s.wake {
+		for {
+			group, closed := s.take()
+			if len(group) == 0 {
+				if closed {
+					return
+				}
+				break
+			}
+			s.flush(group)
+		}
+	}
+}
+
+func (s *Store) take() ([]item, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := min(len(s.queue), maxGroup)
+	group := s.queue[:n:n]
+	s.queue = s.queue[n:]
+	return group, s.closed
+}
+
+func (s *Store) flush(group []item) {
+	err := s.failure()
+	if err == nil {
+		if err = s.db.Update(func(tx *bbolt.Tx) error { return apply(tx, group) }); err != nil {
+			err = fmt.Errorf("%w: %w", store.ErrFailed, err)
+			s.fail(err)
+		}
+	}
+	for _, it := range group {
+		if err == nil {
+			s.ring.Publish(it.last, records(it.tx))
+		}
+		it.complete(err)
+	}
+}
+
+func (s *Store) failure() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.failed
+}
+
+func (s *Store) fail(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.failed = err
+}
+
+func records(tx store.Tx) []lease.Record {
+	out := make([]lease.Record, 0, len(tx.Commits)+len(tx.Pools))
+	for _, c := range tx.Commits {
+		out = append(out, c.Record)
+	}
+	return append(out, tx.Pools...)
+}
+
+// Watch implements store.Store.
+func (s *Store) Watch(after lease.Rev) store.Watcher { return s.ring.Watch(after) }
+
+// History implements store.Store.
+func (s *Store) History(ctx context.Context, addr netip.Addr, yield func(lease.Audit) bool) error {
+	if !addr.Is4() {
+		return fmt.Errorf("store: address %s is not IPv4", addr)
+	}
+	return s.db.View(func(tx *bbolt.Tx) error {
+		var found []lease.Audit // by resource and generation; history is by generation
+		prefix := addr.AsSlice()
+		c := tx.Bucket(bucketAudit).Cursor()
+		for k, v := c.Seek(prefix); k != nil && string(k[:4]) == string(prefix); k, v = c.Next() {
+			a, err := decodeAudit(k, v)
+			if err != nil {
+				return err
+			}
+			found = append(found, a)
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+		}
+		sortNewestFirst(found)
+		for _, a := range found {
+			if !yield(a) {
+				return nil
+			}
+		}
+		return nil
+	})
+}
+
+// Snapshot implements store.Store. What it writes is a store file.
+func (s *Store) Snapshot(_ context.Context, w io.Writer) error {
+	err := s.db.View(func(tx *bbolt.Tx) error {
+		_, err := tx.WriteTo(w)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("store: snapshot: %w", err)
+	}
+	return nil
+}
+
+// Close implements store.Store.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed = true
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+	s.mu.Unlock()
+	<-s.done
+	s.ring.Close()
+	return s.db.Close()
+}
+
+func putProto(b *bbolt.Bucket, k []byte, m proto.Message) error {
+	v, err := proto.Marshal(m)
+	if err != nil {
+		return err
+	}
+	return b.Put(k, v)
+}
+
+func getProto(b *bbolt.Bucket, k []byte, m proto.Message) error {
+	v := b.Get(k)
+	if v == nil {
+		return fmt.Errorf("record %q is missing", k)
+	}
+	return proto.Unmarshal(v, m)
+}
+
+// resourceKey is address, psid length, psid: 7 bytes, big endian, so that keys sort by address.
+func resourceKey(r lease.Resource) []byte {
+	k := append(make([]byte, 0, 15), r.Addr.AsSlice()...)
+	k = append(k, r.PSIDLen)
+	return binary.BigEndian.AppendUint16(k, r.PSID)
+}
+
+func decodeResource(k []byte) (lease.Resource, error) {
+	if len(k) < 7 {
+		return lease.Resource{}, fmt.Errorf("key of %d bytes: want 7 or more", len(k))
+	}
+	r := lease.Resource{Addr: netip.AddrFrom4([4]byte(k)), PSIDLen: k[4], PSID: binary.BigEndian.Uint16(k[5:])}
+	return r, r.Valid()
+}

@@ -1,0 +1,184 @@
+package boltstore
+
+import (
+	"bytes"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"go.uber.org/goleak"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/dstm-project/dstm/lease"
+	"github.com/dstm-project/dstm/leasesvc/store"
+	"github.com/dstm-project/dstm/leasesvc/store/storetest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestStore(t *testing.T) {
+	storetest.Run(t, func(t *testing.T) storetest.Opener {
+		path := filepath.Join(t.TempDir(), "lease.db")
+		if err := Create(path); err != nil {
+			t.Fatal(err)
+		}
+		return func(t *testing.T, ring int) store.Store { return open(t, Options{Path: path, RingSize: ring}) }
+	})
+}
+
+func open(t *testing.T, o Options) *Store {
+	t.Helper()
+	s, err := Open(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func put(t *testing.T, s *Store, rev lease.Rev) {
+	t.Helper()
+	a := lease.Address{Resource: lease.Whole(netip.AddrFrom4([4]byte{198, 51, byte(rev >> 8), byte(rev)})), State: lease.Bound, Gen: lease.MakeGen(1, rev), Rev: rev, Host: "h"}
+	if err := s.Commit(store.Tx{Commits: []lease.Commit{{Rev: rev, Address: a, Audit: a.Audit()}}}).Wait(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestCrashPoints copies the file after each acknowledgement, as a power cut would leave it, and finds there exactly
+// what had been acknowledged.
+func TestCrashPoints(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "lease.db")
+	if err := Create(path); err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, Options{Path: path})
+	defer s.Close()
+	for rev := lease.Rev(1); rev <= 20; rev++ {
+		put(t, s, rev)
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		crashed := filepath.Join(dir, "crashed.db")
+		if err := os.WriteFile(crashed, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c := open(t, Options{Path: crashed})
+		st, err := c.Load(t.Context())
+		if err != nil || st.Last != rev || len(st.Addresses) != int(rev) {
+			t.Errorf("after revision %d: %v, revision %d, %d addresses", rev, err, st.Last, len(st.Addresses))
+		}
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestSnapshotIsAStore(t *testing.T) {
+	dir := t.TempDir()
+	path, copied := filepath.Join(dir, "lease.db"), filepath.Join(dir, "copy.db")
+	if err := Create(path); err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, Options{Path: path})
+	defer s.Close()
+	put(t, s, 1)
+	var b bytes.Buffer
+	if err := s.Snapshot(t.Context(), &b); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(copied, b.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := open(t, Options{Path: copied})
+	defer c.Close()
+	if st, err := c.Load(t.Context()); err != nil || st.Last != 1 {
+		t.Errorf("copy: %v, revision %d, want 1", err, st.Last)
+	}
+}
+
+func TestOpenRefusals(t *testing.T) {
+	dir := t.TempDir()
+	good := filepath.Join(dir, "good.db")
+	if err := Create(good); err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, Options{Path: good})
+	for rev := lease.Rev(1); rev <= 200; rev++ {
+		put(t, s, rev)
+	}
+	locked := func() error { _, err := Open(Options{Path: good, Lock: 1}); return err }()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	whole, err := os.ReadFile(good)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(name string, b []byte) string {
+		p := filepath.Join(dir, name)
+		if err := os.WriteFile(p, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	scribbled := bytes.Clone(whole)
+	for i := 2 * 4096; i < len(scribbled); i += 4096 {
+		copy(scribbled[i:], bytes.Repeat([]byte{0xa5}, 64))
+	}
+	for _, c := range []struct {
+		name, path, want string
+	}{
+		{"missing", filepath.Join(dir, "none.db"), "does not exist: create one with"},
+		{"empty", write("empty.db", nil), "is empty: restore a copy"},
+		{"not a store", write("text.db", []byte(strings.Repeat("not a database\n", 1000))), "is damaged"},
+		{"cut", write("cut.db", whole[:len(whole)/3]), "is damaged"},
+		{"scribbled", write("scribbled.db", scribbled), "is damaged"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if _, err := Open(Options{Path: c.path}); err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), c.path) {
+				t.Errorf("error %v, want the path and %q in it", err, c.want)
+			}
+		})
+	}
+	if locked == nil || !strings.Contains(locked.Error(), "is locked by another process") {
+		t.Errorf("second open: %v, want it to say that the store is locked", locked)
+	}
+	if err := Create(good); err == nil || !strings.Contains(err.Error(), "it is not replaced") {
+		t.Errorf("create over a store: %v, want a refusal", err)
+	}
+}
+
+// TestAuditSize: N9 asks for at most 300 bytes a lease.
+func TestAuditSize(t *testing.T) {
+	a := lease.Audit{
+		Ref: lease.Ref{Resource: lease.Whole(netip.MustParseAddr("198.51.100.7")), Gen: lease.MakeGen(65535, lease.MaxRev)}, Host: strings.Repeat("h", 63),
+		Source: netip.MustParseAddr("2001:db8::1"), TEP: netip.MustParseAddr("2001:db8::2"), Trigger: 4, End: 13,
+	}
+	b, err := proto.Marshal(encodeAudit(a))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(b) + len(auditKey(a.Ref)); n > 300 {
+		t.Errorf("an audit record takes %d bytes, want at most 300", n)
+	}
+}
+
+func FuzzDecodeAddress(f *testing.F) {
+	b, err := proto.Marshal(encodeAddress(lease.Address{Host: "h"}))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add([]byte{198, 51, 100, 1, 0, 0, 0}, b)
+	f.Fuzz(func(t *testing.T, k, v []byte) {
+		a, err := decodeAddress(k, v)
+		if err == nil && a.Resource.Valid() != nil {
+			t.Errorf("invalid resource %v without an error", a.Resource)
+		}
+		if _, err := decodeAudit(k, v); err == nil && len(k) != 15 {
+			t.Errorf("audit key of %d bytes taken", len(k))
+		}
+	})
+}
