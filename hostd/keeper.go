@@ -190,6 +190,7 @@ func (k *keeper) step(now instant, ev any) []any {
 		return k.onStandby(ev)
 	case evFailed:
 		if k.state.holds() {
+			k.call = 0
 			k.backOff(now, "not installed: "+ev.err.Error())
 			return []any{actRemove{k.lease.ref()}, actRelease{k.lease.ref(), lease.ReasonIdle}, actDrop{}}
 		}
@@ -220,10 +221,10 @@ func (k *keeper) onTrigger(now instant, ev evTrigger) []any {
 	k.trigger, k.wanted = ev, now+k.holdTime
 	switch k.state {
 	case StateIdle:
-		return k.bind(ev, lease.Resource{})
+		return k.bind(ev)
 	case StateBackingOff:
 		if ev.trigger != lease.TriggerPacket { // the service or the user asks: no back-off against them
-			return k.bind(ev, lease.Resource{})
+			return k.bind(ev)
 		}
 	case StateHeld, StateRenewing:
 		switch ev.trigger {
@@ -242,22 +243,25 @@ func (k *keeper) onReleased(now instant) []any {
 	}
 	k.to(StateIdle, k.why)
 	if now <= k.wanted { // a trigger came while the lease was on its way back
-		return k.bind(k.trigger, lease.Resource{})
+		return k.bind(k.trigger)
 	}
 	return nil
 }
 
 // bind asks for a lease from idle, backing-off or releasing.
-func (k *keeper) bind(ev evTrigger, want lease.Resource) []any {
+func (k *keeper) bind(ev evTrigger) []any {
 	if !k.path.source.IsValid() {
+		k.to(StateIdle, "no IPv6 way out")
 		return []any{actDrop{}}
 	}
 	k.to(StateBinding, "trigger "+ev.trigger.String())
-	return k.ask(request{trigger: ev.trigger, hint: ev.hint, want: want})
+	return k.ask(request{trigger: ev.trigger, hint: ev.hint})
 }
 
 func (k *keeper) ask(r request) []any {
-	r.source, r.mtu = k.path.source, k.path.mtu
+	if r.source, r.mtu = k.path.source, k.path.mtu; !r.source.IsValid() { // no way out just now: a renewal stays as it was
+		r.source, r.mtu = k.lease.Host, k.lease.Binding.MTU
+	}
 	k.callID++
 	k.call, k.calling = k.callID, r
 	return []any{actCall{k.call, r}}
@@ -318,15 +322,24 @@ func (k *keeper) onRefused(now instant, err error) []any {
 		k.backOff(now, err.Error())
 		return append(acts, actDrop{})
 	}
-	// Try again at half of what is left until T2, then until the end (RFC 9915 section 18.2.4 works alike).
 	k.to(StateHeld, "renewal failed: "+err.Error())
+	k.tryAt = now + k.retryIn(now)
+	k.probeAt = k.nextProbe(now)
+	return nil
+}
+
+// retryIn is the wait after a failed renewal: half of what is left until T2, then until the end, as in RFC 2131 section
+// 4.4.5. A move to another tunnel source is more urgent, because the old one may carry nothing any more.
+func (k *keeper) retryIn(now instant) time.Duration {
+	if !k.calling.ref.Addr.IsValid() {
+		k.wait = min(max(2*k.wait, k.backoffMin), k.backoffMax)
+		return k.jitter(k.wait)
+	}
 	until := k.lease.sent + time.Duration(float64(k.lease.valid)*k.t2)
 	if until <= now {
 		until = k.lease.deadline()
 	}
-	k.tryAt = now + max(k.jitter((until-now)/2), min(k.backoffMin, (k.lease.deadline()-now)/2))
-	k.probeAt = k.nextProbe(now)
-	return nil
+	return max(k.jitter((until-now)/2), min(k.backoffMin, (k.lease.deadline()-now)/2))
 }
 
 func (k *keeper) backOff(now instant, why string) {
@@ -339,7 +352,7 @@ func (k *keeper) onTick(now instant) []any {
 	switch {
 	case k.state == StateBackingOff && now >= k.tryAt:
 		if now <= k.wanted {
-			return k.bind(k.trigger, lease.Resource{})
+			return k.bind(k.trigger)
 		}
 		k.to(StateIdle, k.why) // the next trigger asks at once; the wait goes on growing until one succeeds
 		return []any{actDrop{}}
@@ -395,7 +408,11 @@ func (k *keeper) onUse(now instant, ev evUse) []any {
 		return []any{actRemove{ref}, actRelease{ref, lease.ReasonIdle}}
 	}
 	var acts []any
-	if k.state == StateHeld && now >= k.tryAt {
+	switch {
+	case k.state != StateHeld || now < k.tryAt:
+	case k.path.source.IsValid() && k.path.source != k.lease.Host:
+		acts = k.rebind("tunnel source changed")
+	default:
 		k.to(StateRenewing, "renewal")
 		acts = k.ask(request{ref: k.lease.ref()})
 	}

@@ -176,6 +176,26 @@ func TestKeeper(t *testing.T) {
 			}},
 			row{3 * sec, evAnswer{2, granted(2*sec, 2, src2), nil}, StateHeld, []any{actInstall{granted(2*sec, 2, src2)}}},
 		)},
+		{"a move that fails is tried again soon, as a move", append(heldFrom(),
+			row{2 * sec, evPath{src2, testMTU}, StateRenewing, []any{
+				actCall{2, request{trigger: lease.TriggerSocket, source: src2, mtu: testMTU, want: ip7}},
+			}},
+			row{2 * sec, evAnswer{2, held{}, unreachable}, StateHeld, nil},
+			row{3 * sec, evTick{}, StateHeld, []any{actProbe{}}},
+			row{3 * sec, open, StateRenewing, []any{
+				actCall{3, request{trigger: lease.TriggerSocket, source: src2, mtu: testMTU, want: ip7}},
+			}},
+		)},
+		{"a renewal without a way out is for the source there was", append(heldFrom(),
+			row{2 * sec, evPath{}, StateHeld, nil},
+			row{50 * sec, evTick{}, StateHeld, []any{actProbe{}}},
+			row{50 * sec, open, StateRenewing, []any{renewCall(2, 1)}},
+		)},
+		{"the way out is lost during the back-off", append(heldFrom()[:2],
+			row{0, evAnswer{1, held{}, unreachable}, StateBackingOff, nil},
+			row{0, evPath{}, StateBackingOff, nil},
+			row{sec, evTick{}, StateIdle, []any{actDrop{}}},
+		)},
 		{"the tunnel source changed while a bind was under way", append(heldFrom()[:2],
 			row{sec, evPath{src2, testMTU}, StateBinding, nil},
 			row{2 * sec, evAnswer{1, granted(0, 1, src1), nil}, StateRenewing, []any{
@@ -250,8 +270,8 @@ type setKeepSockets bool
 
 var emptyIsNil = cmp.FilterValues(func(a, b []any) bool { return len(a) == 0 && len(b) == 0 }, cmp.Ignore())
 
-// Whatever happens in whatever order, the keeper never has more than one call out that it waits for, always names a
-// next instant while it holds a lease, and never holds one past its deadline.
+// Whatever happens in whatever order, the keeper never has more than one call out that it waits for, names a later
+// instant to be woken at while it holds a lease, and never holds one past its deadline.
 func FuzzKeeper(f *testing.F) {
 	f.Add([]byte{5, 0, 1, 9, 3, 9, 9, 2})
 	f.Add([]byte{5, 1, 1, 6, 7, 6, 4, 8, 1})
@@ -285,7 +305,13 @@ func FuzzKeeper(f *testing.F) {
 			case 10:
 				ev = evReleased{}
 			case 11:
-				ev = evWelcome{timers: k.timers}
+				ev = evWelcome{said: k.lease.ref(), timers: k.timers}
+			case 12:
+				ev = evPath{}
+			case 13:
+				ev = evFailed{errOver}
+			case 14:
+				ev = evAnswer{k.call, held{}, errors.New("unreachable")}
 			}
 			if _, answer := ev.(evAnswer); answer && k.call == 0 {
 				continue
@@ -295,10 +321,11 @@ func FuzzKeeper(f *testing.F) {
 			if (k.state == StateBinding || k.state == StateRenewing) != (k.call != 0) {
 				t.Fatalf("state %s with call %d after %T", k.state, k.call, ev)
 			}
+			at, ok := k.next()
+			if k.state.holds() && !ok || ok && at <= now {
+				t.Fatalf("%s at %s: next instant %s %v, want a later one", k.state, now, at, ok)
+			}
 			if k.state.holds() {
-				if at, ok := k.next(); !ok || at <= now {
-					t.Fatalf("held at %s without a next instant: %s %v", now, at, ok)
-				}
 				if now >= k.lease.deadline() {
 					t.Fatalf("held at %s, deadline %s", now, k.lease.deadline())
 				}
