@@ -180,6 +180,10 @@ func (a *Agent) up(ctx context.Context) error {
 	if err := a.Filter.Set(a.cfg.Device.Name, a.cfg.Device.Inbound); err != nil {
 		return err
 	}
+	// The sysctls come before the device is up, or it would get a link-local address and begin to solicit routers.
+	if err := a.Network.Set(netcfg.Desired{Sysctls: a.sysctls()}); err != nil {
+		return err
+	}
 	if err := a.Network.SetDevice(a.cfg.Device.Name, 0); err != nil {
 		return err
 	}
@@ -206,15 +210,26 @@ func (a *Agent) work(ctx context.Context) error {
 	return g.Wait()
 }
 
+func (a *Agent) sysctls() map[string]string {
+	dir := "net/ipv6/conf/" + a.cfg.Device.Name
+	return map[string]string{
+		// The packet path looks the way out up from the device, which needs this flag there and nowhere else: router
+		// advertisements stay in force for the host.
+		dir + "/forwarding":    "1",
+		dir + "/addr_gen_mode": "1", // none: the device carries IPv4 alone
+	}
+}
+
 // desired is what the kernel is to have now: the placeholder and the default route, which prefers the lease as its
-// source; in standby nothing, so that the host's own IPv4 has the field.
+// source; in standby neither, so that the host's own IPv4 has the field.
 func (a *Agent) desired() netcfg.Desired {
+	want := netcfg.Desired{Sysctls: a.sysctls()}
 	if a.k.state == StateStandby {
-		return netcfg.Desired{}
+		return want
 	}
 	d := a.cfg.Device
 	def := netcfg.Route{Prefix: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Link: d.Name, Metric: d.Metric}
-	want := netcfg.Desired{Addrs: []netcfg.Addr{{Link: d.Name, Prefix: d.Placeholder}}}
+	want.Addrs = []netcfg.Addr{{Link: d.Name, Prefix: d.Placeholder}}
 	if a.k.state.holds() {
 		def.Src = a.k.lease.Addr
 		want.Addrs = append(want.Addrs, netcfg.Addr{Link: d.Name, Prefix: netip.PrefixFrom(a.k.lease.Addr, 32)})

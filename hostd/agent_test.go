@@ -27,7 +27,7 @@ const defRoute = "route 0.0.0.0/0 dev dstm0 metric 4096"
 func started(t *testing.T, w *world) {
 	t.Helper()
 	expect(t, w,
-		"net: clean", "configure dstm0 192.0.0.2/29", "filter dstm0 established", "device up mtu 0",
+		"net: clean", "configure dstm0 192.0.0.2/29", "filter dstm0 established", "net: ", "device up mtu 0",
 		"net: 192.0.0.2/29, "+defRoute, "device up mtu 1460", "attend [2001:db8:1::5] held false",
 	)
 }

@@ -144,6 +144,9 @@ func TestAgentInKernel(t *testing.T) {
 	if got := command(t, "ip link show dev dstm0"); !strings.Contains(got, " mtu 1460 ") || strings.Contains(got, "MULTICAST") {
 		t.Errorf("device %s, want mtu 1460 and no multicast", got)
 	}
+	if got := command(t, "ip -6 addr show dev dstm0; sysctl -n net.ipv6.conf.dstm0.forwarding net.ipv6.conf.v0.forwarding"); got != "1\n0" {
+		t.Errorf("IPv6 on the device: %q, want no address, and forwarding there alone", got)
+	}
 	command(t, "ping -c1 -W1 239.1.1.1 || true; ping -c1 -W1 10.1.1.1 || true")
 	if s := a.Status(); s.State != "idle" {
 		t.Errorf("state %s after multicast and private destinations, want idle", s.State)
