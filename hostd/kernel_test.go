@@ -116,7 +116,7 @@ func TestAgentInKernel(t *testing.T) {
 	}
 	command(t, "ip link set lo up; ip link add v0 type veth peer v1; ip link set v0 up; ip link set v1 up; "+
 		"ip addr add 2001:db8:1::5/64 dev v0 nodad; ip -6 route add default dev v0; ip addr add 192.168.7.1/24 dev v0")
-	before := command(t, "ip -o addr | grep -v fe80; ip -4 route; ip -6 route | grep -v fe80; nft list ruleset")
+	before := networkText(t)
 	w := &world{start: time.Now()}
 	cfg, err := ParseConfig("test", []byte(minimal))
 	if err != nil {
@@ -128,15 +128,40 @@ func TestAgentInKernel(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer network.Close()
-	path := &tun{fakePath: fakePath{w}}
 	a := New(cfg, Deps{
-		Service: fakeService{w}, DataPath: path, Network: network, Filter: Firewall{},
+		Service: fakeService{w}, DataPath: &tun{fakePath: fakePath{w}}, Network: network, Filter: Firewall{},
 		Sockets: Sockets{InUse: hostprobe.InUse, Abort: hostprobe.Abort}, Now: w.now, Log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 	})
 	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
 	done := make(chan error, 1)
 	go func() { done <- a.Run(ctx, func() {}) }()
 
+	kernelStart(t, a)
+	kernelLease(ctx, t, a, w)
+	kernelChanges(t, a)
+
+	cancel()
+	if err := <-done; err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	if after := networkText(t); before != after {
+		t.Errorf("network before:\n%s\nafter:\n%s", before, after)
+	}
+	if _, err := os.Stat(state); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("state file: %v, want it gone", err)
+	}
+}
+
+// networkText is everything that the agent could leave behind.
+func networkText(t *testing.T) string {
+	t.Helper()
+	return command(t, "ip -o addr | grep -v fe80; ip -4 route; ip -6 route | grep -v fe80; nft list ruleset")
+}
+
+// kernelStart: the placeholder is there, and chatter asks for nothing.
+func kernelStart(t *testing.T, a *Agent) {
+	t.Helper()
 	eventually(t, "registered", func() bool { return a.Status().Attended })
 	if got, want := command(t, "ip -4 route show default"), "default dev dstm0 proto 213 scope link metric 4096"; got != want {
 		t.Errorf("default route %q, want %q", got, want)
@@ -151,7 +176,11 @@ func TestAgentInKernel(t *testing.T) {
 	if s := a.Status(); s.State != "idle" {
 		t.Errorf("state %s after multicast and private destinations, want idle", s.State)
 	}
+}
 
+// kernelLease: the first packet gets a lease, new sockets use it, and its end is the end of its connections.
+func kernelLease(ctx context.Context, t *testing.T, a *Agent, w *world) {
+	t.Helper()
 	first := make(chan error, 1) // a connection that starts the lease and never gets an answer
 	go func() { first <- dialError(ctx, "203.0.113.99:80") }()
 	eventually(t, "lease for the first packet", func() bool { return a.Status().State == "held" })
@@ -183,7 +212,11 @@ func TestAgentInKernel(t *testing.T) {
 		t.Error("connection goes on after the end of the lease")
 	}
 	eventually(t, "address gone", func() bool { return !strings.Contains(command(t, "ip -4 addr"), ip7.Addr.String()) })
+}
 
+// kernelChanges: native IPv4 comes and goes, then the IPv6 prefix changes.
+func kernelChanges(t *testing.T, a *Agent) {
+	t.Helper()
 	command(t, "ip route add default via 192.168.7.2")
 	eventually(t, "standby", func() bool { return a.Status().State == "standby: native ipv4" })
 	eventually(t, "no route of ours", func() bool { return command(t, "ip -4 route show proto 213") == "" })
@@ -193,18 +226,6 @@ func TestAgentInKernel(t *testing.T) {
 	command(t, "ip addr add 2001:db8:7::5/64 dev v0 nodad; ip addr change 2001:db8:1::5/64 dev v0 nodad preferred_lft 0")
 	eventually(t, "renumbered", func() bool { return a.Status().Source == "2001:db8:7::5" && a.Status().Attended })
 	command(t, "ip addr del 2001:db8:7::5/64 dev v0; ip addr change 2001:db8:1::5/64 dev v0 nodad preferred_lft forever")
-
-	cancel()
-	if err := <-done; err != nil {
-		t.Errorf("Run: %v", err)
-	}
-	after := command(t, "ip -o addr | grep -v fe80; ip -4 route; ip -6 route | grep -v fe80; nft list ruleset")
-	if before != after {
-		t.Errorf("network before:\n%s\nafter:\n%s", before, after)
-	}
-	if _, err := os.Stat(state); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("state file: %v, want it gone", err)
-	}
 }
 
 func dialError(ctx context.Context, to string) error {
