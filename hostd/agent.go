@@ -108,7 +108,7 @@ type view struct {
 // New returns an agent that does nothing yet.
 func New(cfg *Config, d Deps) *Agent {
 	a := &Agent{
-		cfg: cfg, Deps: d, instance: fmt.Sprintf("%016x", rand.Uint64()), metrics: newMetrics(d.Registry),
+		cfg: cfg, Deps: d, instance: fmt.Sprintf("%016x", rand.Uint64()), metrics: newMetrics(d.Registry, d.DataPath),
 		events: make(chan any, 16), wake: make(chan struct{}, 1),
 		held: heldQueue{most: cfg.Trigger.HoldPackets, age: cfg.Trigger.HoldTime},
 	}

@@ -1,10 +1,12 @@
 package hostd
 
 import (
+	"context"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/dstm-project/dstm/dataplane"
 	"github.com/dstm-project/dstm/leasesvc/leaseclient"
 )
 
@@ -18,7 +20,7 @@ type metrics struct {
 	attend   prometheus.Gauge
 }
 
-func newMetrics(r prometheus.Registerer) *metrics {
+func newMetrics(r prometheus.Registerer, path dataplane.Host) *metrics {
 	m := &metrics{
 		triggers: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "dstm_triggers_total",
@@ -47,7 +49,7 @@ func newMetrics(r prometheus.Registerer) *metrics {
 		}),
 	}
 	if r != nil {
-		r.MustRegister(m.triggers, m.calls, m.seconds, m.packets, m.states, m.attend)
+		r.MustRegister(m.triggers, m.calls, m.seconds, m.packets, m.states, m.attend, newPathCollector(path))
 	}
 	for c := range causeNames {
 		m.triggers.WithLabelValues(Cause(c).String())
@@ -90,4 +92,50 @@ func (m *metrics) attended(yes bool) {
 		v = 1
 	}
 	m.attend.Set(v)
+}
+
+// pathCollector reads the packet path's counters when they are asked for. While there is no packet path there are none.
+type pathCollector struct {
+	path                     dataplane.Host
+	packets, consumed, drops *prometheus.Desc
+}
+
+func newPathCollector(path dataplane.Host) *pathCollector {
+	desc := func(name, help string, labels ...string) *prometheus.Desc {
+		return prometheus.NewDesc(name, help, append([]string{"direction"}, labels...), nil)
+	}
+	return &pathCollector{
+		path:     path,
+		packets:  desc("dstm_hostd_packets_total", "Packets by direction (up = from this host) and way (rx, tx).", "way"),
+		consumed: desc("dstm_hostd_consumed_packets_total", "Packets handed to the kernel or the daemon on purpose."),
+		drops:    desc("dstm_hostd_dropped_packets_total", "Packets dropped, by reason.", "reason"),
+	}
+}
+
+// Describe implements prometheus.Collector.
+func (c *pathCollector) Describe(ch chan<- *prometheus.Desc) {
+	ch <- c.packets
+	ch <- c.consumed
+	ch <- c.drops
+}
+
+// Collect implements prometheus.Collector.
+func (c *pathCollector) Collect(ch chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
+	defer cancel()
+	n, err := c.path.Counters(ctx)
+	if err != nil {
+		return
+	}
+	for name, d := range map[string]dataplane.Direction{"up": n.Up, "down": n.Down} {
+		counter := func(desc *prometheus.Desc, v uint64, labels ...string) {
+			ch <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, float64(v), append([]string{name}, labels...)...)
+		}
+		counter(c.packets, d.Rx, "rx")
+		counter(c.packets, d.Tx, "tx")
+		counter(c.consumed, d.Consumed)
+		for reason, v := range d.Drops {
+			counter(c.drops, v, reason.String())
+		}
+	}
 }
