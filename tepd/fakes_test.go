@@ -111,6 +111,18 @@ func (p *fakePath) SetDeadline(_ context.Context, ns uint64) error {
 	return nil
 }
 
+func (p *fakePath) has() (entries int, deadline uint64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.table), p.deadline
+}
+
+func (p *fakePath) setGate(g chan struct{}) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.gate = g
+}
+
 func (p *fakePath) Entries(context.Context) ([]dataplane.Entry, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -339,6 +351,12 @@ func (s *fakeSpeaker) calls() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.log)
+}
+
+func (s *fakeSpeaker) limit() time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.until
 }
 
 // world is a gateway among fakes, inside a synctest bubble.

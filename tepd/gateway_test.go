@@ -21,6 +21,16 @@ const announcedAll = "set [198.51.100.0/24 2001:db8:a::1/128]"
 
 var withdrawn = []string{"set [198.51.100.0/24]", "set []"}
 
+func entriesOf(w *world) int {
+	n, _ := w.path.has()
+	return n
+}
+
+func deadlineOf(w *world) uint64 {
+	_, d := w.path.has()
+	return d
+}
+
 // TestAckIsHonest holds the packet path in the middle of a change: nothing may be acknowledged, and no deadline that needs
 // the change be set, before it returns (I8, F7).
 func TestAckIsHonest(t *testing.T) {
@@ -29,33 +39,33 @@ func TestAckIsHonest(t *testing.T) {
 		w.start()
 		defer w.end()
 		st := w.stream()
-		w.path.gate = make(chan struct{})
+		gate := make(chan struct{})
+		w.path.setGate(gate)
 		w.sync(st, 1, time.Hour)
 		time.Sleep(time.Second)
 		if got := st.acked(); got != 0 {
 			t.Errorf("acknowledged revision %d while the packet path was still at it", got)
 		}
-		if w.path.deadline != 0 {
-			t.Errorf("deadline %d set before its floor was applied", w.path.deadline)
+		if _, deadline := w.path.has(); deadline != 0 {
+			t.Errorf("deadline %d set before its floor was applied", deadline)
 		}
-		w.path.gate <- struct{}{}
+		gate <- struct{}{}
 		synctest.Wait()
 		if got := st.acked(); got != 10 {
 			t.Errorf("acknowledged revision %d, want 10", got)
 		}
-		if want := st.hello.SentBootNS + uint64(time.Hour); w.path.deadline != want {
-			t.Errorf("deadline %d, want %d", w.path.deadline, want)
+		if want := st.hello.SentBootNS + uint64(time.Hour); deadlineOf(w) != want {
+			t.Errorf("deadline %d, want %d", deadlineOf(w), want)
 		}
 		w.send(st, lease.Batch{Session: 1, From: 11, To: 12, Records: []lease.Record{lease.BindRecord(12, binding(2, 12))}})
 		if got := st.acked(); got != 10 {
 			t.Errorf("acknowledged revision %d before the batch was applied", got)
 		}
-		w.path.gate <- struct{}{}
+		gate <- struct{}{}
 		synctest.Wait()
-		if got := st.acked(); got != 12 || len(w.path.table) != 2 {
-			t.Errorf("acknowledged revision %d with %d entries, want 12 with 2", got, len(w.path.table))
+		if got, n := st.acked(), entriesOf(w); got != 12 || n != 2 {
+			t.Errorf("acknowledged revision %d with %d entries, want 12 with 2", got, n)
 		}
-		w.path.gate = nil
 	})
 }
 
@@ -152,8 +162,8 @@ func TestAnnounceOnlyWhenHealthy(t *testing.T) {
 		if d := cmp.Diff(want, w.speaker.calls()); d != "" {
 			t.Errorf("speaker calls at the end (-want +got):\n%s", d)
 		}
-		if len(w.path.table) != 1 {
-			t.Errorf("packet path has %d entries after the end, want the 1 that there was", len(w.path.table))
+		if n := entriesOf(w); n != 1 {
+			t.Errorf("packet path has %d entries after the end, want the 1 that there was", n)
 		}
 	})
 }
@@ -173,7 +183,7 @@ func TestFailStatic(t *testing.T) {
 		if d := cmp.Diff([]string{announcedAll}, w.speaker.calls()); d != "" {
 			t.Errorf("speaker calls while the deadline runs (-want +got):\n%s", d)
 		}
-		if left := time.Until(w.speaker.until); left <= 0 || left > time.Minute {
+		if left := time.Until(w.speaker.limit()); left <= 0 || left > time.Minute {
 			t.Errorf("the speaker withdraws by itself in %s, want it at the deadline, in less than 1m", left)
 		}
 		time.Sleep(time.Minute)
