@@ -39,8 +39,9 @@ func Cleanup(ctx context.Context, cfg *Config, d Deps, running func(context.Cont
 	// Routes and addresses before their device: the kernel would take them along, and netcfg could not tell that they
 	// were ours.
 	add("kernel", d.Kernel.Cleanup())
-	add("packet path", d.Path.Close(false))
-	add("device", removeDevice(d.Kernel, h))
+	if h.Device != "" {
+		add("packet path", removePath(ctx, cfg, d, h))
+	}
 	if len(errs) == 0 {
 		if err := os.Remove(handoverPath(cfg.Paths)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			add("handover", err)
@@ -49,14 +50,21 @@ func Cleanup(ctx context.Context, cfg *Config, d Deps, running func(context.Cont
 	return errors.Join(errs...)
 }
 
-// removeDevice removes the device if it is still the one that we made.
-func removeDevice(k Kernel, h handover) error {
-	if h.Device == "" {
-		return nil
-	}
-	l, there, err := k.Link(h.Device)
-	if err != nil || !there || l.Index != h.Index {
+// removePath removes the packet path and the device, unless somebody else has made one of that name since.
+func removePath(ctx context.Context, cfg *Config, d Deps, h handover) error {
+	l, there, err := d.Kernel.Link(h.Device)
+	if err != nil {
 		return err
 	}
-	return k.RemoveLink(h.Device)
+	if there && l.Index != h.Index {
+		return fmt.Errorf("interface %s is not the one that tepd made (index %d, ours was %d): it stays, and so do the pins in %s",
+			h.Device, l.Index, h.Index, cfg.Paths.BPF)
+	}
+	// An engine removes what it holds, so it first takes over what is pinned.
+	path := desiredPath(cfg, h.Pools)
+	path.Device = h.Device
+	if err := d.Path.Configure(ctx, path); err != nil {
+		return errors.Join(err, d.Kernel.RemoveLink(h.Device))
+	}
+	return errors.Join(d.Path.Close(false), d.Kernel.RemoveLink(h.Device))
 }

@@ -41,7 +41,7 @@ type Deps struct {
 	Service  Service
 	Path     dataplane.Gateway
 	Kernel   Kernel
-	Speakers Speakers             // nil exactly when the configuration has no bgp
+	Speakers Speakers             // nil: a configuration with bgp is refused
 	Now      func() time.Duration // CLOCK_BOOTTIME
 	Log      *slog.Logger
 	Registry prometheus.Registerer // nil = no metrics
@@ -77,6 +77,9 @@ func New(cfg *Config, d Deps) *Gateway {
 // Run takes over or sets up the packet path, calls ready and works until ctx ends. Then it withdraws its announcements and
 // leaves the packet path forwarding under its deadline: the next start takes it over, Cleanup removes it.
 func (g *Gateway) Run(ctx context.Context, ready func()) error {
+	if g.cfg.BGP.Enabled() && g.Speakers == nil {
+		return errors.New("bgp is configured, but this program has no speaker in it: leave out bgp and set static routes to this gateway")
+	}
 	unlock, err := lock(g.cfg.Paths)
 	if err != nil {
 		return err

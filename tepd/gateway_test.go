@@ -417,13 +417,29 @@ func TestCleanup(t *testing.T) {
 }
 
 func TestCleanupLeavesStrangers(t *testing.T) {
-	w := newWorld(t, testConfig)
-	w.kernel.links["dstm0"] = netcfg.Link{Index: 9, Name: "dstm0", Kind: tunKind}
-	if err := Cleanup(t.Context(), w.cfg, w.g.Deps, nil); err != nil {
-		t.Fatal(err)
-	}
-	if _, there := w.kernel.links["dstm0"]; !there {
-		t.Error("an interface that is not ours was removed")
+	for _, c := range []struct {
+		name string
+		h    handover
+		want string
+	}{
+		{"never ran", handover{}, ""},
+		{"replaced since", handover{Device: "dstm0", Index: 7}, "packet path: interface dstm0 is not the one that tepd made (index 9, ours was 7): it stays, and so do the pins in /sys/fs/bpf/dstm"},
+	} {
+		w := newWorld(t, testConfig)
+		w.kernel.links["dstm0"] = netcfg.Link{Index: 9, Name: "dstm0", Kind: tunKind}
+		if err := c.h.save(w.cfg.Paths); err != nil {
+			t.Fatal(err)
+		}
+		got := ""
+		if err := Cleanup(t.Context(), w.cfg, w.g.Deps, nil); err != nil {
+			got = err.Error()
+		}
+		if got != c.want {
+			t.Errorf("%s: error %q, want %q", c.name, got, c.want)
+		}
+		if _, there := w.kernel.links["dstm0"]; !there || w.path.cfg.Device != "" {
+			t.Errorf("%s: an interface that is not ours was touched", c.name)
+		}
 	}
 }
 
