@@ -68,8 +68,12 @@ func TestExitCode(t *testing.T) {
 		err  error
 		want int
 	}{
-		{"none", nil, 0}, {"plain", plain, 1}, {"usage", Usage(plain), 2}, {"missing", Missing(plain), 3},
-		{"usage of nil", Usage(nil), 0}, {"wrapped", errors.Join(Missing(plain)), 3},
+		{"none", nil, 0},
+		{"plain", plain, 1},
+		{"usage", Usage(plain), 2},
+		{"missing", Missing(plain), 3},
+		{"usage of nil", Usage(nil), 0},
+		{"wrapped", errors.Join(Missing(plain)), 3},
 	} {
 		if got := ExitCode(c.err); got != c.want {
 			t.Errorf("%s: exit code %d, want %d", c.name, got, c.want)

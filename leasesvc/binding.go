@@ -1,0 +1,251 @@
+package leasesvc
+
+import (
+	"context"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
+	"github.com/dstm-project/dstm/internal/wire"
+	"github.com/dstm-project/dstm/lease"
+	"github.com/dstm-project/dstm/leasesvc/store"
+)
+
+type hostsAPI struct {
+	leasev1.UnimplementedHostsServer
+	s *Server
+}
+
+// answer is what a request id was answered with; it may be given again once pending is durable.
+type answer struct {
+	grant   *lease.Grant
+	deny    lease.Reason
+	pending *store.Pending
+	at      time.Duration
+}
+
+// Bind implements the Hosts service.
+func (a hostsAPI) Bind(ctx context.Context, m *leasev1.BindRequest) (*leasev1.Lease, error) {
+	c := callerOf(ctx)
+	id, err := wire.RequestID(m.GetRequestId())
+	if err != nil {
+		return nil, invalid(err)
+	}
+	source, err := wire.Addr6("tunnel_source", m.GetTunnelSource())
+	if err != nil {
+		return nil, invalid(err)
+	}
+	mtu, err := wire.MTU("mtu", m.GetMtu())
+	if err != nil {
+		return nil, invalid(err)
+	}
+	ev := lease.Bind{
+		Host: c.id.Name, Source: source, Valid: wire.Duration(m.GetValidMs()), MTU: mtu, Trigger: wire.Trigger(m.GetTrigger()),
+	}
+	if m.GetWant() != nil {
+		want, err := wire.Resource("want", m.GetWant())
+		if err != nil {
+			return nil, invalid(err)
+		}
+		ev.Want = want.Addr
+	}
+	a.s.hostSpoke(ev.Host)
+	if err := a.s.checkSource(c, source); err != nil {
+		return nil, err
+	}
+	return a.s.answered(ctx, a.s.bind(id, ev), "bind")
+}
+
+// Renew implements the Hosts service.
+func (a hostsAPI) Renew(ctx context.Context, m *leasev1.RenewRequest) (*leasev1.Lease, error) {
+	c := callerOf(ctx)
+	id, err := wire.RequestID(m.GetRequestId())
+	if err != nil {
+		return nil, invalid(err)
+	}
+	ref, err := wire.Ref("lease", m.GetLease())
+	if err != nil {
+		return nil, invalid(err)
+	}
+	source, err := wire.Addr6("tunnel_source", m.GetTunnelSource())
+	if err != nil {
+		return nil, invalid(err)
+	}
+	mtu, err := wire.MTU("mtu", m.GetMtu())
+	if err != nil {
+		return nil, invalid(err)
+	}
+	if err := a.s.checkSource(c, source); err != nil {
+		return nil, err
+	}
+	ev := lease.Renew{Host: c.id.Name, Ref: ref, Source: source, Valid: wire.Duration(m.GetValidMs()), MTU: mtu}
+	return a.s.answered(ctx, a.s.renew(id, ev), "renew")
+}
+
+// Release implements the Hosts service.
+func (a hostsAPI) Release(ctx context.Context, m *leasev1.ReleaseRequest) (*leasev1.ReleaseReply, error) {
+	c := callerOf(ctx)
+	ref, err := wire.Ref("lease", m.GetLease())
+	if err != nil {
+		return nil, invalid(err)
+	}
+	s := a.s
+	s.mu.Lock()
+	core := s.core(ref.Resource)
+	if core == nil { // of a pool that is gone: so is the lease
+		s.mu.Unlock()
+		return &leasev1.ReleaseReply{}, nil
+	}
+	acts, p := s.step(s.now(), core, lease.Release{Host: c.id.Name, Ref: ref, Reason: wire.Reason(m.GetReason())})
+	s.mu.Unlock()
+	if acts.Deny != lease.ReasonNone {
+		return nil, deny(acts.Deny, "lease %s is not of %s", ref, c.id.Name)
+	}
+	if err := s.durable(ctx, p); err != nil {
+		return nil, undurable(err)
+	}
+	return &leasev1.ReleaseReply{}, nil
+}
+
+// bind steps the core that has the host's lease, or the first one, in order of the configuration, that is not dry.
+func (s *Server) bind(id lease.RequestID, ev lease.Bind) *answer {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.now()
+	if old, ok := s.answers.Get(now.Mono, ev.Host, id); ok {
+		return old
+	}
+	ans := &answer{deny: lease.ReasonNoTEP, pending: s.pending, at: now.Mono}
+	cores := s.cores
+	if r, ok := s.cell.Where(ev.Host); ok {
+		if c := s.core(r); c != nil {
+			cores = []*lease.Core{c}
+		}
+	} else if len(s.fence.Serving(now.Mono)) == 0 {
+		// An address that nobody forwards is of no use, and would be fenced for hours.
+		s.refusedHost(now, ev.Host, ans.deny)
+		return ans
+	}
+	for _, c := range cores {
+		acts, p := s.step(now, c, ev)
+		ans.grant, ans.deny, ans.pending = acts.Grant, acts.Deny, p
+		if ans.deny != lease.ReasonPoolDry {
+			break
+		}
+	}
+	s.settle(now, id, ev.Host, ans)
+	return ans
+}
+
+func (s *Server) renew(id lease.RequestID, ev lease.Renew) *answer {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.now()
+	if old, ok := s.answers.Get(now.Mono, ev.Host, id); ok {
+		return old
+	}
+	ans := &answer{deny: lease.ReasonStaleGeneration, pending: s.pending, at: now.Mono}
+	if c := s.core(ev.Ref.Resource); c != nil {
+		acts, p := s.step(now, c, ev)
+		ans.grant, ans.deny, ans.pending = acts.Grant, acts.Deny, p
+	}
+	s.settle(now, id, ev.Host, ans)
+	return ans
+}
+
+// settle notes what a host was answered. Refusals are not remembered by request id: the next try may find an address.
+func (s *Server) settle(now lease.Now, id lease.RequestID, host string, ans *answer) {
+	if ans.grant == nil {
+		s.m.binds.WithLabelValues(ans.deny.String()).Inc()
+		s.refusedHost(now, host, ans.deny)
+		return
+	}
+	s.answers.Put(now.Mono, host, id, ans)
+	if at := s.hosts.byName[host]; at != nil {
+		at.until = 0
+	}
+	g := ans.grant
+	result := "granted"
+	if g.Renewed {
+		result = "renewed"
+	} else {
+		s.d.Log.Info("lease granted", "addr", g.Resource.String(), "gen", g.Gen.String(), "host", host, "tep", g.TEP.String())
+	}
+	s.m.binds.WithLabelValues(result).Inc()
+	s.hostChanged(host)
+}
+
+// answered turns an answer into the reply: durable first, then, for a new lease, installed at the serving gateways.
+func (s *Server) answered(ctx context.Context, ans *answer, what string) (*leasev1.Lease, error) {
+	if err := s.durable(ctx, ans.pending); err != nil {
+		return nil, undurable(err)
+	}
+	if ans.grant == nil {
+		return nil, deny(ans.deny, "%s refused: %s", what, sentence(ans.deny))
+	}
+	g := ans.grant
+	waiting, installed := s.awaitInstalled(ctx, g.Rev)
+	if ctx.Err() != nil {
+		return nil, status.FromContextError(ctx.Err()).Err()
+	}
+	s.mu.Lock()
+	spent := s.now().Mono - ans.at
+	s.mu.Unlock()
+	if spent >= g.Valid {
+		return nil, status.Error(codes.DeadlineExceeded, "the lease of this request id has run out")
+	}
+	return &leasev1.Lease{
+		Res: wire.FromResource(g.Resource), Gen: uint64(g.Gen), Tep: wire.FromAddr6(g.TEP),
+		// The host counts from the sending of its request. What was spent since the event comes off, so that an answer
+		// that is given again promises no more than the first.
+		ValidMs: wire.FromDuration(g.Valid - spent), MtuMax: uint32(g.MTU), Installed: installed, Waiting: waiting,
+	}, nil
+}
+
+// awaitInstalled waits at most bind_wait for the serving gateways to hold a revision.
+func (s *Server) awaitInstalled(ctx context.Context, rev lease.Rev) (waiting []string, installed bool) {
+	limit := time.NewTimer(s.cfg.Timers.BindWait)
+	defer limit.Stop()
+	for {
+		changed := s.acked.C()
+		var serving []string
+		s.mu.Lock()
+		serving = s.fence.Serving(s.now().Mono)
+		waiting = waiting[:0]
+		for _, t := range serving {
+			if s.fence.Acked(t) < rev {
+				waiting = append(waiting, t)
+			}
+		}
+		s.mu.Unlock()
+		if len(waiting) == 0 {
+			return nil, len(serving) > 0
+		}
+		select {
+		case <-changed:
+		case <-limit.C:
+			return waiting, false
+		case <-ctx.Done():
+			return waiting, false
+		}
+	}
+}
+
+// sentence explains a refusal to a person.
+func sentence(r lease.Reason) string {
+	switch r {
+	case lease.ReasonPoolDry:
+		return "no address is free"
+	case lease.ReasonQuota:
+		return "this identity or its /64 has all the leases it may have"
+	case lease.ReasonNoTEP:
+		return "no gateway serves"
+	case lease.ReasonStaleGeneration:
+		return "the lease is not the live one"
+	case lease.ReasonMoved:
+		return "the lease belongs to another tunnel source"
+	}
+	return r.String()
+}

@@ -1,0 +1,255 @@
+package leasesvc
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/dstm-project/dstm/internal/config"
+	"github.com/dstm-project/dstm/internal/daemon"
+	"github.com/dstm-project/dstm/internal/tlsid"
+	"github.com/dstm-project/dstm/lease"
+)
+
+// Config is leasesvc.yaml; deploy/leasesvc.yaml explains every key.
+type Config struct {
+	Cell        string           `yaml:"cell"`
+	TrustDomain string           `yaml:"trust_domain"`
+	Listen      netip.AddrPort   `yaml:"listen"`
+	TLS         tlsid.Files      `yaml:"tls"`
+	ACME        ACMEConfig       `yaml:"acme"`
+	Store       StoreConfig      `yaml:"store"`
+	Pools       []PoolConfig     `yaml:"pools"`
+	TEPs        []string         `yaml:"teps"`
+	Hosts       HostsConfig      `yaml:"hosts"`
+	Timers      TimersConfig     `yaml:"timers"`
+	Admin       netip.AddrPort   `yaml:"admin"`
+	Log         daemon.LogConfig `yaml:"log"`
+}
+
+// ACMEConfig gives the service a server certificate of an ACME directory (RFC 8555) beside its own identity. Empty
+// Directory = none.
+type ACMEConfig struct {
+	Directory string         `yaml:"directory"` // URL
+	Root      string         `yaml:"root"`      // PEM file with the directory's own root; empty = the system's
+	Listen    netip.AddrPort `yaml:"listen"`    // for the tls-alpn-01 challenge; the world reaches it at port 443
+	Names     []string       `yaml:"names"`
+	Dir       string         `yaml:"dir"` // where keys and certificates are kept
+	Email     string         `yaml:"email"`
+}
+
+// StoreConfig says where the records are.
+type StoreConfig struct {
+	Type string `yaml:"type"` // bolt
+	Path string `yaml:"path"`
+}
+
+// PoolConfig is one prefix that is leased out.
+type PoolConfig struct {
+	Name       string       `yaml:"name"`
+	Prefix     netip.Prefix `yaml:"prefix"`
+	TEPAddress netip.Addr   `yaml:"tep_address"`
+	Exclude    []netip.Addr `yaml:"exclude"`
+}
+
+// HostsConfig says who may lease.
+type HostsConfig struct {
+	Prefixes []netip.Prefix `yaml:"prefixes"` // tunnel sources allowed
+	Same64   bool           `yaml:"same_64"`  // a source may differ from the caller's address inside its /64
+	Per64    int            `yaml:"per_64"`   // leases of one /64 together; 0 = no limit
+}
+
+// TimersConfig are the times of the cell.
+type TimersConfig struct {
+	Valid        time.Duration `yaml:"valid"`
+	MinValid     time.Duration `yaml:"min_valid"`
+	MaxValid     time.Duration `yaml:"max_valid"`
+	Reservation  time.Duration `yaml:"reservation"`
+	Idle         time.Duration `yaml:"idle"`
+	HoldDown     time.Duration `yaml:"hold_down"`
+	RestartGrace time.Duration `yaml:"restart_grace"`
+	FailStatic   time.Duration `yaml:"fail_static"`
+	BindWait     time.Duration `yaml:"bind_wait"`
+}
+
+// Defaults implements config.Defaulter.
+func (c *Config) Defaults() {
+	d := lease.DefaultTimers()
+	c.Timers = TimersConfig{
+		Valid: d.Valid, MinValid: d.MinValid, MaxValid: d.MaxValid, Reservation: d.Reservation, Idle: 2 * time.Minute,
+		HoldDown: d.HoldDown, RestartGrace: d.Grace, FailStatic: 4 * time.Hour, BindWait: 500 * time.Millisecond,
+	}
+	c.Store.Type = "bolt"
+	c.Admin = netip.MustParseAddrPort("[::1]:9545")
+	c.Hosts.Per64 = 64
+}
+
+// LoadConfig reads and checks the file at path.
+func LoadConfig(path string) (*Config, error) { return config.Load(path, (*Config).check) }
+
+// ParseConfig reads and checks data; name stands in the messages.
+func ParseConfig(name string, data []byte) (*Config, error) {
+	return config.Parse(name, data, (*Config).check)
+}
+
+func (c *Config) check(r *config.Report) {
+	id := tlsid.ID{TrustDomain: c.TrustDomain, Cell: c.Cell, Role: tlsid.RoleSvc, Name: "x"}
+	if err := id.Check(); err != nil {
+		r.Errorf("$.cell", "%v", err)
+	}
+	if !c.Listen.IsValid() {
+		r.Errorf("$.listen", "listen is not set: want an address and port such as \"[2001:db8:2::10]:3545\"")
+	}
+	for key, v := range map[string]string{"cert": c.TLS.Cert, "key": c.TLS.Key, "ca": c.TLS.CA} {
+		if v == "" {
+			r.Errorf("$.tls."+key, "tls.%s is not set: want the path of a PEM file", key)
+		}
+	}
+	if a := c.ACME; a.Directory != "" && (!a.Listen.IsValid() || len(a.Names) == 0 || a.Dir == "") {
+		r.Errorf("$.acme", "acme: want listen, names and dir beside directory")
+	}
+	if c.Store.Type != "bolt" {
+		r.Errorf("$.store.type", "store type %q: want bolt", c.Store.Type)
+	}
+	if c.Store.Path == "" {
+		r.Errorf("$.store.path", "store.path is not set: want a file such as /var/lib/dstm/lease.db")
+	}
+	c.checkPools(r)
+	c.checkTEPs(r)
+	c.checkHosts(r)
+	c.checkTimers(r)
+	if err := daemon.CheckAdmin(c.Admin); err != nil {
+		r.Errorf("$.admin", "%v", err)
+	}
+	if err := c.Log.Check(); err != nil {
+		r.Errorf("$.log", "%v", err)
+	}
+}
+
+func (c *Config) checkPools(r *config.Report) {
+	if len(c.Pools) == 0 {
+		r.Errorf("$.pools", "pools is empty: want at least one pool with name, prefix and tep_address")
+	}
+	names := map[string]bool{}
+	for i, p := range c.Pools {
+		at := fmt.Sprintf("$.pools[%d]", i)
+		switch {
+		case p.Name == "":
+			r.Errorf(at, "pool %d has no name", i+1)
+		case names[p.Name]:
+			r.Errorf(at+".name", "pool name %q is used twice", p.Name)
+		}
+		names[p.Name] = true
+		if !p.TEPAddress.Is6() || p.TEPAddress.Is4In6() {
+			r.Errorf(at+".tep_address", "pool %q: tep_address is not set to an IPv6 address, the one at which tunnels of this pool end", p.Name)
+		}
+		if !c.checkPrefix(r, at, p) {
+			continue
+		}
+		for j, o := range c.Pools[:i] {
+			if o.Prefix.IsValid() && o.Prefix.Overlaps(p.Prefix) {
+				r.Errorf(at+".prefix", "pool %q: prefix %s overlaps %s of pool %q (%d)", p.Name, p.Prefix, o.Prefix, o.Name, j+1)
+			}
+		}
+	}
+}
+
+func (c *Config) checkPrefix(r *config.Report, at string, p PoolConfig) bool {
+	const shortest = 12 // as lease.NewCore
+	switch {
+	case !p.Prefix.IsValid():
+		r.Errorf(at, "pool %q: prefix is not set: want an IPv4 prefix such as 198.51.100.0/24", p.Name)
+		return false
+	case !p.Prefix.Addr().Is4() || p.Prefix.Bits() < shortest:
+		r.Errorf(at+".prefix", "pool %q: prefix %s: want an IPv4 prefix of /%d to /32", p.Name, p.Prefix, shortest)
+		return false
+	case p.Prefix != p.Prefix.Masked():
+		r.Errorf(at+".prefix", "pool %q: prefix %s has host bits: want %s", p.Name, p.Prefix, p.Prefix.Masked())
+		return false
+	}
+	seen := map[netip.Addr]bool{}
+	for j, a := range p.Exclude {
+		if !p.Prefix.Contains(a) {
+			r.Errorf(fmt.Sprintf("%s.exclude[%d]", at, j), "pool %q: excluded address %s is outside of %s", p.Name, a, p.Prefix)
+			continue
+		}
+		seen[a] = true
+	}
+	if len(seen) == 1<<(32-p.Prefix.Bits()) {
+		r.Errorf(at+".exclude", "pool %q: every address of %s is excluded, nothing is left to lease", p.Name, p.Prefix)
+	}
+	return true
+}
+
+func (c *Config) checkTEPs(r *config.Report) {
+	if len(c.TEPs) == 0 {
+		r.Errorf("$.teps", "teps is empty: want the id of at least one gateway, as in its certificate")
+	}
+	seen := map[string]bool{}
+	for i, t := range c.TEPs {
+		if seen[t] || t == "" {
+			r.Errorf(fmt.Sprintf("$.teps[%d]", i), "gateway id %q is empty or used twice", t)
+		}
+		seen[t] = true
+	}
+}
+
+func (c *Config) checkHosts(r *config.Report) {
+	if len(c.Hosts.Prefixes) == 0 {
+		r.Errorf("$.hosts.prefixes", "hosts.prefixes is empty: want the IPv6 prefixes that tunnels may come from")
+	}
+	for i, p := range c.Hosts.Prefixes {
+		if !p.Addr().Is6() || p != p.Masked() {
+			r.Errorf(fmt.Sprintf("$.hosts.prefixes[%d]", i), "prefix %s: want an IPv6 prefix without host bits", p)
+		}
+	}
+	if c.Hosts.Per64 < 0 {
+		r.Errorf("$.hosts.per_64", "per_64 %d: want 0 (no limit) or more", c.Hosts.Per64)
+	}
+}
+
+func (c *Config) checkTimers(r *config.Report) {
+	t := c.Timers
+	if err := c.leaseTimers().Check(); err != nil {
+		r.Errorf("$.timers", "%v", err)
+	}
+	for _, d := range []struct {
+		key      string
+		v        time.Duration
+		min, max time.Duration
+	}{
+		{"idle", t.Idle, time.Second, 24 * time.Hour},
+		{"fail_static", t.FailStatic, time.Second, 7 * 24 * time.Hour},
+		{"bind_wait", t.BindWait, 0, 5 * time.Second},
+	} {
+		if d.v < d.min || d.v > d.max {
+			r.Errorf("$.timers."+d.key, "timer %s %s is outside %s..%s", d.key, d.v, d.min, d.max)
+		}
+	}
+}
+
+func (c *Config) leaseTimers() lease.Timers {
+	d := lease.DefaultTimers()
+	d.Valid, d.MinValid, d.MaxValid = c.Timers.Valid, c.Timers.MinValid, c.Timers.MaxValid
+	d.Reservation, d.HoldDown, d.Grace = c.Timers.Reservation, c.Timers.HoldDown, c.Timers.RestartGrace
+	return d
+}
+
+// labTimes names the timers that are shorter than production wants.
+func (c *Config) labTimes() []string {
+	var out []string
+	for _, t := range []struct {
+		name      string
+		v, usable time.Duration
+	}{
+		{"valid", c.Timers.Valid, 2 * time.Minute},
+		{"hold_down", c.Timers.HoldDown, 2 * time.Minute},
+		{"restart_grace", c.Timers.RestartGrace, time.Minute},
+		{"fail_static", c.Timers.FailStatic, 10 * time.Minute},
+	} {
+		if t.v < t.usable {
+			out = append(out, fmt.Sprintf("%s %s", t.name, t.v))
+		}
+	}
+	return out
+}

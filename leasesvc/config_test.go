@@ -1,0 +1,53 @@
+package leasesvc_test
+
+import (
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/dstm-project/dstm/leasesvc"
+)
+
+func TestReferenceConfig(t *testing.T) {
+	if _, err := leasesvc.LoadConfig("../deploy/leasesvc.yaml"); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestConfigErrors changes one thing of the reference at a time.
+func TestConfigErrors(t *testing.T) {
+	b, err := os.ReadFile("../deploy/leasesvc.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	good := string(b)
+	for _, c := range []struct{ name, from, to, want string }{
+		{"unknown key", "cell: lab", "cel: lab", `unknown key "cel" (did you mean "cell"?)`},
+		{"listen", `"[2001:db8:2::10]:3545" `, `somewhere `, `"somewhere" is not an address and port`},
+		{"empty pool list", good[strings.Index(good, "  - name: main"):strings.Index(good, "teps:")], "  []\n\n", "pools is empty: want at least one pool"},
+		{"all addresses excluded", "198.51.100.0/24 ", "198.51.100.0/32\n    #", "every address of 198.51.100.0/32 is excluded"},
+		{"pool with host bits", "198.51.100.0/24 ", "198.51.100.1/24 ", "prefix 198.51.100.1/24 has host bits: want 198.51.100.0/24"},
+		{"pool of IPv6", "198.51.100.0/24 ", `"2001:db8::/64" `, "prefix 2001:db8::/64: want an IPv4 prefix of /12 to /32"},
+		{"exclude outside", "exclude: [198.51.100.0,", "exclude: [192.0.2.1,", "excluded address 192.0.2.1 is outside of 198.51.100.0/24"},
+		{"tep address", `tep_address: "2001:db8:a::1"`, "tep_address: 192.0.2.1", "tep_address is not set to an IPv6 address"},
+		{"no gateway", "teps: [tep1]", "teps: []", "teps is empty"},
+		{"timer order", "valid: 15m ", "valid: 1m ", "validity 1m0s is outside 2m0s..24h0m0s"},
+		{"bind wait", "bind_wait: 500ms", "bind_wait: 1m", "timer bind_wait 1m0s is outside 0s..5s"},
+		{"admin", `admin: "[::1]:9545"`, `admin: "[2001:db8::1]:9545"`, "want a loopback address"},
+		{"store type", "type: bolt", "type: etc", `store type "etc": want bolt`},
+		{"log", "level: info", "level: loud", `log level "loud"`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if !strings.Contains(good, c.from) {
+				t.Fatalf("reference has no %q", c.from)
+			}
+			_, err := leasesvc.ParseConfig("leasesvc.yaml", []byte(strings.Replace(good, c.from, c.to, 1)))
+			if !contains(err, c.want) {
+				t.Fatalf("error %v, want %q in it", err, c.want)
+			}
+			if line := err.Error(); !strings.HasPrefix(line, "leasesvc.yaml:") || strings.HasPrefix(line, "leasesvc.yaml: ") {
+				t.Errorf("error %q has no position", line)
+			}
+		})
+	}
+}

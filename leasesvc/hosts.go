@@ -1,0 +1,274 @@
+package leasesvc
+
+import (
+	"context"
+	"hash/maphash"
+	"net/netip"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
+	"github.com/dstm-project/dstm/internal/wire"
+	"github.com/dstm-project/dstm/lease"
+	"github.com/dstm-project/dstm/leasesvc/store"
+)
+
+// hosts is who attends, under Server.mu.
+type hosts struct {
+	byName   map[string]*attendant
+	bySource map[netip.Addr]*attendant
+	watchers map[*watcher]struct{}
+	lastHint uint64
+	seed     maphash.Seed // keys of hosts are of this process only
+}
+
+// attendant is one host with a live stream.
+type attendant struct {
+	name      string
+	sources   []netip.Addr
+	send      chan *leasev1.AttendDown // offers and revokes; full = the host does not read, its stream ends
+	end       context.CancelCauseFunc
+	hint      *hint         // under way
+	installed lease.Ref     // what the host last said it has in its packet path
+	silent    bool          // did not answer an Offer; not held again until it speaks
+	refused   lease.Reason  // of the last Bind
+	until     time.Duration // until when refused counts
+}
+
+// hint is one wish for a lease. Every resolver that asks for the same host waits for the same one.
+type hint struct {
+	id    uint64
+	done  chan struct{} // closed when settled
+	state leasev1.HintState
+	why   lease.Reason
+	spoke bool // the host has answered with a Bind
+}
+
+// refusedFor is how long a resolver need not ask again for a host that was refused.
+const refusedFor = 5 * time.Second
+
+func (h *hosts) init() {
+	h.byName, h.bySource = map[string]*attendant{}, map[netip.Addr]*attendant{}
+	h.watchers, h.seed = map[*watcher]struct{}{}, maphash.MakeSeed()
+}
+
+func (h *hosts) attended() int { return len(h.byName) }
+
+func (h *hosts) key(name string) uint64 { return maphash.String(h.seed, name) }
+
+// Attend implements the Hosts service.
+func (a hostsAPI) Attend(st leasev1.Hosts_AttendServer) error {
+	c := callerOf(st.Context())
+	first, err := st.Recv()
+	if err != nil {
+		return err
+	}
+	hello := first.GetHello()
+	if hello == nil {
+		return status.Error(codes.InvalidArgument, "attend: first message: want hello")
+	}
+	sources, err := a.s.ownSources(c, hello.GetSources())
+	if err != nil {
+		return err
+	}
+	held, err := wire.OptionalRef("hello.held", hello.GetHeld())
+	if err != nil {
+		return invalid(err)
+	}
+	ctx, end := context.WithCancelCause(st.Context())
+	defer end(nil)
+	at := &attendant{name: c.id.Name, send: make(chan *leasev1.AttendDown, 16), end: end, installed: held}
+	welcome := a.s.register(at, sources)
+	defer a.s.unregister(at)
+	go a.s.receive(st, c, at)
+	if err := st.Send(&leasev1.AttendDown{M: &leasev1.AttendDown_Welcome{Welcome: welcome}}); err != nil {
+		return err
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case m := <-at.send:
+			if err := st.Send(m); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// receive reads what the host says until its stream ends.
+func (s *Server) receive(st leasev1.Hosts_AttendServer, c caller, at *attendant) {
+	for {
+		m, err := st.Recv()
+		if err != nil {
+			at.end(err)
+			return
+		}
+		switch k := m.GetM().(type) {
+		case *leasev1.AttendUp_Installed:
+			ref, err := wire.Ref("installed.lease", k.Installed.GetLease())
+			if err != nil {
+				at.end(invalid(err))
+				return
+			}
+			s.installed(at, ref)
+		case *leasev1.AttendUp_Sources:
+			sources, err := s.ownSources(c, k.Sources.GetAddrs())
+			if err != nil {
+				at.end(err)
+				return
+			}
+			s.mu.Lock()
+			s.setSources(at, sources)
+			s.mu.Unlock()
+		}
+	}
+}
+
+// ownSources decodes what a host reports and leaves out what it may not use.
+func (s *Server) ownSources(c caller, bs [][]byte) ([]netip.Addr, error) {
+	all, err := wire.Sources("sources", bs)
+	if err != nil {
+		return nil, invalid(err)
+	}
+	return slices.DeleteFunc(all, func(a netip.Addr) bool { return s.checkSource(c, a) != nil }), nil
+}
+
+// register puts a host on the list. A newer stream of the same identity takes the place of the older.
+func (s *Server) register(at *attendant, sources []netip.Addr) *leasev1.Welcome {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if old := s.hosts.byName[at.name]; old != nil {
+		old.end(status.Error(codes.Aborted, "attend: another stream of this identity took over"))
+		s.remove(old)
+	}
+	s.hosts.byName[at.name] = at
+	s.setSources(at, sources)
+	t := s.cfg.leaseTimers()
+	w := &leasev1.Welcome{
+		Cell: s.cfg.Cell, ClusterId: s.cluster[:], HostId: at.name,
+		Timers: &leasev1.Timers{T1Permille: t.T1, T2Permille: t.T2, IdleMs: wire.FromDuration(s.cfg.Timers.Idle)},
+	}
+	if in, ok := s.leaseOf(s.now().Mono, at.name); ok {
+		w.Known = wire.FromRef(in.Ref())
+	}
+	return w
+}
+
+// leaseOf returns the live lease of a host. The caller holds mu.
+func (s *Server) leaseOf(now time.Duration, name string) (lease.Info, bool) {
+	r, ok := s.cell.Where(name)
+	if !ok {
+		return lease.Info{}, false
+	}
+	c := s.core(r)
+	if c == nil {
+		return lease.Info{}, false
+	}
+	return c.Lookup(now, r)
+}
+
+func (s *Server) unregister(at *attendant) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.remove(at)
+}
+
+func (s *Server) remove(at *attendant) {
+	if s.hosts.byName[at.name] == at {
+		delete(s.hosts.byName, at.name)
+	}
+	s.setSources(at, nil)
+	at.settle(leasev1.HintState_REFUSED, lease.ReasonNotRegistered)
+}
+
+// setSources replaces the sources of a host. The first host that reports an address has it.
+func (s *Server) setSources(at *attendant, sources []netip.Addr) {
+	for _, a := range at.sources {
+		if s.hosts.bySource[a] == at && !slices.Contains(sources, a) {
+			delete(s.hosts.bySource, a)
+			s.sourceChanged(a)
+		}
+	}
+	at.sources = at.sources[:0]
+	for _, a := range sources {
+		if have := s.hosts.bySource[a]; have != nil && have != at {
+			s.m.refused.WithLabelValues("source_taken").Inc()
+			continue
+		}
+		s.hosts.bySource[a] = at
+		at.sources = append(at.sources, a)
+		s.sourceChanged(a)
+	}
+}
+
+// hostSpoke notes a sign of life that answers an Offer.
+func (s *Server) hostSpoke(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if at := s.hosts.byName[name]; at != nil {
+		at.silent = false
+		if at.hint != nil {
+			at.hint.spoke = true
+		}
+	}
+}
+
+// installed notes that the host's packet path has a lease, which ends the hold of its DNS answers.
+func (s *Server) installed(at *attendant, ref lease.Ref) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at.installed, at.silent = ref, false
+	if in, ok := s.leaseOf(s.now().Mono, at.name); ok && in.Ref() == ref {
+		at.settle(leasev1.HintState_READY, lease.ReasonNone)
+		s.hostChanged(at.name)
+	}
+}
+
+// refusedHost ends the hint of a host whose Bind was refused. The caller holds mu.
+func (s *Server) refusedHost(now lease.Now, name string, why lease.Reason) {
+	at := s.hosts.byName[name]
+	if at == nil {
+		return
+	}
+	at.refused, at.until = why, now.Mono+refusedFor
+	at.settle(leasev1.HintState_REFUSED, why)
+	s.hostChanged(name)
+}
+
+func (at *attendant) settle(state leasev1.HintState, why lease.Reason) {
+	if at.hint == nil {
+		return
+	}
+	at.hint.state, at.hint.why = state, why
+	close(at.hint.done)
+	at.hint = nil
+}
+
+// tell queues a message for a host; a host that does not read loses its stream and finds out on the next one.
+func (at *attendant) tell(m *leasev1.AttendDown) {
+	select {
+	case at.send <- m:
+	default:
+		at.end(status.Error(codes.ResourceExhausted, "attend: the host does not read"))
+	}
+}
+
+// tellRevoked tells a host, once it is durable, that its lease ended. The caller holds mu.
+func (s *Server) tellRevoked(e lease.Ended, p *store.Pending) {
+	at := s.hosts.byName[e.Host]
+	if at == nil {
+		return
+	}
+	go func() {
+		// Not bound to a caller: the revoke stands whoever asked for it.
+		if p.Wait(context.Background()) == nil {
+			at.tell(&leasev1.AttendDown{M: &leasev1.AttendDown_Revoke{Revoke: &leasev1.Revoke{
+				Lease: wire.FromRef(e.Ref), Reason: wire.FromReason(e.Reason),
+			}}})
+		}
+	}()
+}

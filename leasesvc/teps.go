@@ -1,0 +1,303 @@
+package leasesvc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
+	"github.com/dstm-project/dstm/internal/wire"
+	"github.com/dstm-project/dstm/lease"
+	"github.com/dstm-project/dstm/leasesvc/store"
+)
+
+type tepsAPI struct {
+	leasev1.UnimplementedTepsServer
+	s *Server
+}
+
+const (
+	chunkRecords = 1024             // records of one snapshot message
+	maxBeat      = 10 * time.Second // between heartbeats
+	digestEvery  = time.Minute      // between comparisons of one gateway's digest
+)
+
+// session is one life of a gateway's stream.
+type session struct {
+	s      *Server
+	st     leasev1.Teps_SyncServer
+	tep    string
+	number uint64
+	send   sync.Mutex
+}
+
+// Sync implements the Teps service.
+func (a tepsAPI) Sync(st leasev1.Teps_SyncServer) error {
+	s := a.s
+	first, err := st.Recv()
+	if err != nil {
+		return err
+	}
+	v, err := wire.SyncUp(first)
+	if err != nil {
+		return invalid(err)
+	}
+	hello, ok := v.(lease.Hello)
+	if !ok {
+		return status.Error(codes.InvalidArgument, "sync: first message: want hello")
+	}
+	if err := s.checkTEP(callerOf(st.Context()), hello); err != nil {
+		return err
+	}
+	ss := &session{s: s, st: st, tep: hello.TEP}
+	ctx, cancel := context.WithCancelCause(st.Context())
+	defer cancel(nil)
+	w, err := ss.open(ctx, hello)
+	if err != nil {
+		return err
+	}
+	defer ss.close()
+	s.d.Log.Info("gateway session begins", "tep", ss.tep, "session", ss.number, "have_rev", uint64(hello.HaveRev))
+	go func() { cancel(ss.pump(ctx, w)) }()
+	go func() { cancel(ss.receive()) }()
+	<-ctx.Done()
+	err = context.Cause(ctx)
+	s.d.Log.Info("gateway session ends", "tep", ss.tep, "session", ss.number, "err", err)
+	return err
+}
+
+func (s *Server) checkTEP(c caller, h lease.Hello) error {
+	switch {
+	case h.TEP != c.id.Name:
+		return deny(lease.ReasonNotAllowed, "gateway calls itself %q, its certificate is of %q", h.TEP, c.id.Name)
+	case !slices.Contains(s.cfg.TEPs, h.TEP):
+		return deny(lease.ReasonNotAllowed, "gateway %q is not known here: teps allows %v", h.TEP, s.cfg.TEPs)
+	case h.Cluster != (lease.ClusterID{}) && h.Cluster != s.cluster:
+		return deny(lease.ReasonNotAllowed, "gateway %q follows cluster %x, this is cluster %x", h.TEP, h.Cluster, s.cluster)
+	}
+	return nil
+}
+
+// open begins the session: the gateway joins the fence set durably, then gets its first reply and a table to start from.
+func (ss *session) open(ctx context.Context, h lease.Hello) (store.Watcher, error) {
+	s := ss.s
+	s.mu.Lock()
+	now := s.now()
+	m := s.fence.Hello(now.Mono, h.TEP, h.Instance)
+	ss.number = m.Session
+	joined := s.d.Store.Commit(store.Tx{Members: []lease.Member{m}, Wall: now.Wall})
+	s.pending = joined
+	s.mu.Unlock()
+	if err := s.durable(ctx, joined); err != nil {
+		return nil, undurable(err)
+	}
+	resume := h.HaveRev > 0 && h.Cluster == s.cluster && h.Epoch == s.cell.Epoch()
+	s.mu.Lock()
+	resume = resume && !s.resync[h.TEP] && h.HaveRev <= s.cell.Last()
+	delete(s.resync, h.TEP)
+	reply, err := ss.grant(h.SentBootNS)
+	var table []lease.Record
+	rev, upto := h.HaveRev, s.pending
+	if !resume {
+		table, rev = s.table(), s.cell.Last()
+	}
+	s.mu.Unlock()
+	if err != nil {
+		return nil, invalid(err)
+	}
+	// The table is of memory, which may be ahead of the disk.
+	if err := s.durable(ctx, upto); err != nil {
+		return nil, undurable(err)
+	}
+	if err := ss.write(wire.FromSessionReply(reply)); err != nil {
+		return nil, err
+	}
+	if !resume {
+		if err := ss.snapshot(rev, table); err != nil {
+			return nil, err
+		}
+	}
+	return s.d.Store.Watch(rev), nil
+}
+
+// grant extends the deadline of the gateway. The caller holds mu.
+func (ss *session) grant(sentBootNS uint64) (lease.SessionReply, error) {
+	s := ss.s
+	now := s.now().Mono
+	d, floor, err := s.fence.Grant(now, ss.tep, ss.number, s.cell.Last())
+	if err != nil {
+		return lease.SessionReply{}, err
+	}
+	return lease.SessionReply{
+		Session: ss.number, EchoBootNS: sentBootNS, GrantNS: uint64(d), Floor: floor, Cluster: s.cluster, Epoch: s.cell.Epoch(),
+		NextBeatNS: uint64(min(d/4, maxBeat)), Lagging: slices.Contains(s.fence.Lagging(now), ss.tep),
+	}, nil
+}
+
+// table returns every pool and binding. The caller holds mu.
+func (s *Server) table() []lease.Record {
+	var out []lease.Record
+	for _, c := range s.cores {
+		out = append(out, lease.PoolRecord(0, c.Pool(), false))
+		for b := range c.Bindings() {
+			out = append(out, lease.BindRecord(b.Gen.Rev(), b))
+		}
+	}
+	return out
+}
+
+func (ss *session) snapshot(rev lease.Rev, table []lease.Record) error {
+	for index := uint32(0); ; index++ {
+		n := min(len(table), chunkRecords)
+		c := lease.SnapshotChunk{Session: ss.number, Rev: rev, Index: index, Last: n == len(table), Records: table[:n]}
+		ss.publish(rev)
+		if err := ss.write(wire.FromSnapshotChunk(c)); err != nil {
+			return err
+		}
+		if table = table[n:]; c.Last {
+			return nil
+		}
+	}
+}
+
+// publish lets the gateway acknowledge revisions up to rev, before they are sent.
+func (ss *session) publish(rev lease.Rev) {
+	ss.s.mu.Lock()
+	defer ss.s.mu.Unlock()
+	ss.s.fence.Publish(ss.s.now().Mono, rev)
+}
+
+func (ss *session) write(m *leasev1.SyncDown) error {
+	ss.send.Lock()
+	defer ss.send.Unlock()
+	return ss.st.Send(m)
+}
+
+// pump sends what becomes durable.
+func (ss *session) pump(ctx context.Context, w store.Watcher) error {
+	for {
+		b, err := w.Next(ctx)
+		if errors.Is(err, store.ErrCompacted) {
+			ss.doubt()
+			return status.Error(codes.OutOfRange, "sync: the gateway fell behind what is kept: it gets a whole table next")
+		}
+		if err != nil {
+			return err
+		}
+		ss.publish(b.To)
+		if err := ss.write(wire.FromBatch(lease.Batch{Session: ss.number, From: b.From, To: b.To, Records: b.Records})); err != nil {
+			return err
+		}
+	}
+}
+
+// doubt makes the next session bring a whole table.
+func (ss *session) doubt() {
+	ss.s.mu.Lock()
+	defer ss.s.mu.Unlock()
+	ss.s.resync[ss.tep] = true
+}
+
+func (ss *session) receive() error {
+	for {
+		m, err := ss.st.Recv()
+		if err != nil {
+			return err
+		}
+		v, err := wire.SyncUp(m)
+		if err != nil {
+			return invalid(err)
+		}
+		switch v := v.(type) {
+		case lease.Heartbeat:
+			err = ss.beat(v)
+		case lease.Ack:
+			err = ss.ack(v)
+		default:
+			err = fmt.Errorf("sync: %T in the middle of a session", v)
+		}
+		if err != nil {
+			return status.Error(codes.FailedPrecondition, err.Error())
+		}
+	}
+}
+
+func (ss *session) beat(b lease.Heartbeat) error {
+	s := ss.s
+	if b.Session != ss.number {
+		return fmt.Errorf("heartbeat of session %d in session %d", b.Session, ss.number)
+	}
+	s.mu.Lock()
+	if err := ss.compare(b); err != nil {
+		s.mu.Unlock()
+		return err
+	}
+	reply, err := ss.grant(b.SentBootNS)
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return ss.write(wire.FromSessionReply(reply))
+}
+
+// compare checks the gateway's digest, now and then, when it holds everything there is. The caller holds mu.
+func (ss *session) compare(b lease.Heartbeat) error {
+	s := ss.s
+	now := s.now().Mono
+	if last, ok := s.checked[ss.tep]; b.Digest == 0 || b.Applied != s.cell.Last() || ok && now-last < digestEvery {
+		return nil
+	}
+	s.checked[ss.tep] = now
+	var want lease.Digest
+	for _, c := range s.cores {
+		want.AddPool(c.Pool())
+		for bd := range c.Bindings() {
+			want.AddBinding(bd)
+		}
+	}
+	if b.Digest == want {
+		return nil
+	}
+	s.m.digests.Inc()
+	s.resync[ss.tep] = true
+	return fmt.Errorf("table of gateway %s differs at revision %d: it gets a whole one next", ss.tep, b.Applied)
+}
+
+// ack moves the fence.
+func (ss *session) ack(a lease.Ack) error {
+	s := ss.s
+	for _, n := range a.Nacks {
+		s.d.Log.Warn("gateway refused a record", "tep", ss.tep, "addr", n.Resource.String(), "gen", n.Gen.String(), "reason", n.Reason)
+	}
+	s.mu.Lock()
+	if a.Session != ss.number {
+		s.mu.Unlock()
+		return fmt.Errorf("acknowledgement of session %d in session %d", a.Session, ss.number)
+	}
+	err := s.fence.Ack(ss.tep, ss.number, a.Applied)
+	s.resync[ss.tep] = s.resync[ss.tep] || len(a.Nacks) > 0
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	s.acked.Broadcast()
+	s.kick()
+	if len(a.Nacks) > 0 {
+		return fmt.Errorf("gateway %s refused %d records", ss.tep, len(a.Nacks))
+	}
+	return nil
+}
+
+func (ss *session) close() {
+	ss.s.mu.Lock()
+	defer ss.s.mu.Unlock()
+	ss.s.fence.Close(ss.tep, ss.number)
+	ss.s.acked.Broadcast()
+	ss.s.kick()
+}
