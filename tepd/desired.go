@@ -81,13 +81,9 @@ func desiredKernel(c *Config, pools []netip.Prefix) netcfg.Desired {
 // announcement is what BGP is to say, and why not more.
 type announcement struct {
 	routes  []bgp.Route // pools or leases first, the tunnel address last
-	tep     int         // how many at the end are of the tunnel address
 	refused []bgp.Refused
 	capped  int // leases that went over max_host_routes, so that none has its own route
 }
-
-// withoutTEP returns the routes that remain when the tunnel address goes first.
-func (a announcement) withoutTEP() []bgp.Route { return a.routes[:len(a.routes)-a.tep] }
 
 // desiredRoutes is what to announce for the pools served here and the leased addresses in them (only looked at in lease
 // mode; leases is their number, which counts even when the list was cut short). Nothing outside of allow_advertise is in it
@@ -123,7 +119,6 @@ func desiredRoutes(c *Config, pools []lease.Pool, addrs []netip.Addr, leases int
 	if tep := hostPrefix(c.Tunnel.Address); c.BGP.Announce.TEP {
 		if covered(tep, allow) {
 			a.routes = append(a.routes, bgp.Route{Prefix: tep, Communities: c.BGP.Announce.Community})
-			a.tep = 1
 		} else {
 			a.refused = append(a.refused, bgp.Refused{Prefix: tep, Reason: fmt.Sprintf(
 				"tunnel address %s is outside of allow_advertise %v", tep, allow)})

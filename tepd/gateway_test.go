@@ -136,7 +136,6 @@ func TestAnnounceOnlyWhenHealthy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, testConfig+testBGP)
 		w.start()
-		st := w.stream()
 		time.Sleep(2 * time.Minute) // longer than grace: with nothing announced there is nothing to withdraw
 		if got := w.speaker.calls(); got != nil {
 			t.Errorf("calls before the table was there: %v", got)
@@ -144,8 +143,8 @@ func TestAnnounceOnlyWhenHealthy(t *testing.T) {
 		if err := w.g.Ready(); err == nil || !strings.Contains(err.Error(), "no table from the lease service yet") {
 			t.Errorf("ready: %v", err)
 		}
-		st = w.stream() // the silent first one was left
-		for len(w.service.streams) > 0 {
+		st := w.stream()
+		for len(w.service.streams) > 0 { // those before it were left because nobody answered
 			st = w.stream()
 		}
 		w.sync(st, 1, time.Hour)

@@ -18,9 +18,7 @@ import (
 
 func TestCommandLine(t *testing.T) {
 	bad := filepath.Join(t.TempDir(), "bad.yaml")
-	if err := os.WriteFile(bad, []byte("cell: lab\nadmin: \"[2001:db8::1]:1\"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, bad, "cell: lab\nadmin: \"[2001:db8::1]:1\"\n")
 	for _, c := range []struct {
 		name string
 		args []string
@@ -72,5 +70,12 @@ func TestIdentity(t *testing.T) {
 		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 			t.Errorf("%s: error %v, want %q", c.name, err, c.want)
 		}
+	}
+}
+
+func writeFile(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
 	}
 }
