@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/resolver/manual"
 
 	"github.com/dstm-project/dstm/internal/wire"
+	"github.com/dstm-project/dstm/lease"
 )
 
 // Error is a refusal by the service: gRPC code, reason, message.
@@ -138,6 +139,7 @@ func (c *Conn) Close() error { return c.get().Close() }
 // connection; UNAVAILABLE is tried again after a short wait. Both are safe: requests carry an id, or change nothing.
 func call[Req, Rep any](ctx context.Context, c *Conn, f func(context.Context, *grpc.ClientConn, Req) (Rep, error), req Req) (Rep, error) {
 	wait := c.o.BackoffMin
+	var said error // what the service answered last; it says more than a deadline does
 	for {
 		cc := c.get()
 		try, cancel := context.WithTimeout(ctx, attemptTimeout)
@@ -150,6 +152,8 @@ func call[Req, Rep any](ctx context.Context, c *Conn, f func(context.Context, *g
 		err = wire.FromStatus(err)
 		var e *Error
 		switch {
+		case ctx.Err() != nil && said != nil:
+			return rep, said
 		case ctx.Err() != nil || !errors.As(err, &e):
 			return rep, err
 		case expired:
@@ -157,6 +161,9 @@ func call[Req, Rep any](ctx context.Context, c *Conn, f func(context.Context, *g
 			continue
 		case e.Code != codes.Unavailable && e.Code != codes.Canceled:
 			return rep, err
+		}
+		if e.Reason != lease.ReasonNone {
+			said = err
 		}
 		select {
 		case <-ctx.Done():

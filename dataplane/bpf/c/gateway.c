@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gateway: tunnels end at uplink ingress and begin at the egress of the TUN.
+#include "tunnel.h"
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH); /* never LRU: an evicted binding is a host cut off in silence */
+	__uint(max_entries, 1 << 20);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct binding_key);
+	__type(value, struct binding);
+} bindings SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 64);
+	__type(key, struct in6_addr);
+	__type(value, __u32);
+} teps SEC(".maps");
+
+static __always_inline struct binding *find(__be32 addr)
+{
+	struct binding_key k = {.addr = addr};
+	return bpf_map_lookup_elem(&bindings, &k);
+}
+
+/* hairpin sends a packet from one host straight to another: the outer header is rewritten in place, because a packet
+ * that was decapsulated keeps tunnel state and cannot be encapsulated again. */
+static __always_inline int hairpin(struct __sk_buff *skb, struct counters *c, const struct config *cfg, __u32 l2, int len, struct iphdr *ip, const struct binding *to)
+{
+	struct in6_addr src = to->tep, dst = to->host;
+	__u8 ttl = ip->ttl, hops = cfg->hop_limit;
+	__be16 old, new;
+
+	if (!(cfg->flags & FLAG_HAIRPIN) || ttl <= 1 || l2 != ETH_HLEN)
+		return drop(c, DROP_HAIRPIN);
+	old = bpf_htons(ttl << 8 | ip->protocol);
+	ttl--;
+	new = bpf_htons(ttl << 8 | ip->protocol);
+	if (bpf_l3_csum_replace(skb, l2 + len + 10, old, new, 2) ||
+	    bpf_skb_store_bytes(skb, l2 + len + 8, &ttl, 1, 0) ||
+	    bpf_skb_store_bytes(skb, l2 + 7, &hops, 1, 0) ||
+	    bpf_skb_store_bytes(skb, l2 + 8, &src, sizeof(src), 0) ||
+	    bpf_skb_store_bytes(skb, l2 + 24, &dst, sizeof(dst), 0))
+		return drop(c, DROP_INTERNAL);
+	return output(skb, c, cfg->device, &src, &dst, skb->len - l2 - len);
+}
+
+static __always_inline int uplink(struct __sk_buff *skb, __u32 l2)
+{
+	__u32 zero = 0, bytes;
+	struct ipv6hdr o;
+	struct iphdr ip;
+	struct config *cfg;
+	struct binding *b, *to;
+	struct counters *c;
+	__u64 now;
+	int len, why;
+
+	if (skb->protocol != bpf_htons(ETH_P_IPV6) || bpf_skb_load_bytes(skb, l2, &o, sizeof(o)))
+		return NEXT;
+	if (!bpf_map_lookup_elem(&teps, &o.daddr))
+		return NEXT;
+	len = strip(skb, l2, &o);
+	if (len == 0 && o.nexthdr != IPPROTO_FRAGMENT_)
+		return NEXT;
+	c = count(UP);
+	cfg = bpf_map_lookup_elem(&config, &zero);
+	if (!c || !cfg)
+		return DROP;
+	c->rx++;
+	c->rx_bytes += skb->len - l2;
+	if (len == 0) { /* a fragment: the stack puts it together */
+		c->consumed++;
+		return NEXT;
+	}
+	if (len < 0)
+		return drop(c, -len);
+	if (bpf_skb_load_bytes(skb, l2 + len, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
+		return drop(c, DROP_MALFORMED);
+	bytes = skb->len - l2 - len;
+	if (!skb->gso_segs && (bpf_ntohs(ip.tot_len) > bytes || bpf_ntohs(ip.tot_len) < ip.ihl * 4))
+		return drop(c, DROP_MALFORMED);
+	if (expired())
+		return drop(c, DROP_SESSION_EXPIRED);
+	b = find(ip.saddr);
+	if (!b)
+		return drop(c, DROP_NO_BINDING);
+	if (!same6(&b->host, &o.saddr))
+		return drop(c, DROP_OUTER_SOURCE);
+	if (!same6(&b->tep, &o.daddr))
+		return drop(c, DROP_OUTER_DESTINATION);
+	if (martian(ip.daddr))
+		return drop(c, DROP_INNER_ADDRESS);
+	now = bpf_ktime_get_boot_ns();
+	if (now - b->last_seen > SECOND)
+		b->last_seen = now;
+	to = find(ip.daddr);
+	if (to)
+		return hairpin(skb, c, cfg, l2, len, &ip, to);
+	why = decap(skb, l2, len, &o, &ip);
+	if (why)
+		return drop(c, why);
+	c->tx++;
+	c->tx_bytes += bytes;
+	return bpf_redirect(cfg->device, BPF_F_INGRESS);
+}
+
+SEC("tcx/ingress") int gateway_uplink_eth(struct __sk_buff *skb) { return uplink(skb, ETH_HLEN); }
+SEC("tcx/ingress") int gateway_uplink_l3(struct __sk_buff *skb) { return uplink(skb, 0); }
+
+SEC("tcx/egress") int gateway_device(struct __sk_buff *skb)
+{
+	__u32 zero = 0;
+	struct counters *c = count(DOWN);
+	struct config *cfg = bpf_map_lookup_elem(&config, &zero);
+	struct in6_addr src, dst;
+	struct binding *b;
+	struct iphdr ip;
+
+	if (!c || !cfg)
+		return DROP;
+	c->rx++;
+	c->rx_bytes += skb->len;
+	if (skb->protocol != bpf_htons(ETH_P_IP))
+		return drop(c, DROP_NOT_IPV4);
+	if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
+		return drop(c, DROP_MALFORMED);
+	if (expired())
+		return drop(c, DROP_SESSION_EXPIRED);
+	b = find(ip.daddr);
+	if (!b)
+		return drop(c, DROP_NO_BINDING);
+	if (martian(ip.saddr))
+		return drop(c, DROP_INNER_ADDRESS);
+	if (b->mtu && !skb->gso_segs && skb->len > b->mtu)
+		return drop(c, DROP_TOO_BIG);
+	src = b->tep;
+	dst = b->host;
+	return encap(skb, c, cfg, &ip, &src, &dst);
+}
+
+char _license[] SEC("license") = "Dual MIT/GPL";

@@ -1,0 +1,120 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Taking the outer header off and putting it on (RFC 2473), with ECN (RFC 6040). */
+#ifndef DSTM_TUNNEL_H
+#define DSTM_TUNNEL_H
+
+#include "dstm.h"
+
+/* strip returns how many bytes stand in front of the inner packet, 0 when this is no tunnel packet, or a negative drop
+ * reason. A destination options header is taken when it is 8 bytes long and holds a tunnel encapsulation limit or
+ * padding, as Linux's ip6tnl sends it (RFC 2473 section 4.1.1). */
+static __always_inline int strip(struct __sk_buff *skb, __u32 l2, const struct ipv6hdr *o)
+{
+	__u8 opt[8];
+
+	if (o->nexthdr == IPPROTO_IPIP)
+		return OUTER;
+	if (o->nexthdr != IPPROTO_DSTOPTS_)
+		return 0;
+	if (bpf_skb_load_bytes(skb, l2 + OUTER, opt, sizeof(opt)))
+		return -DROP_MALFORMED;
+	if (opt[0] != IPPROTO_IPIP)
+		return 0;
+	if (opt[1] != 0)
+		return -DROP_OPTION;
+	if (opt[2] == 4 && opt[3] == 1) /* the limit, then padding to the end */
+		return (opt[5] == 1 && opt[6] == 1) || (opt[5] == 0 && opt[6] == 0 && opt[7] == 0) ? OUTER + 8 : -DROP_OPTION;
+	if (opt[2] == 1 && opt[3] == 4) /* PadN */
+		return OUTER + 8;
+	return -DROP_OPTION;
+}
+
+static __always_inline int set_tos(struct __sk_buff *skb, __u32 at, const struct iphdr *ip, __u8 tos)
+{
+	__be16 old = bpf_htons(0x4500 | ip->tos), new = bpf_htons(0x4500 | tos);
+
+	if (bpf_l3_csum_replace(skb, at + 10, old, new, 2))
+		return -1;
+	return bpf_skb_store_bytes(skb, at + 1, &tos, 1, 0);
+}
+
+/* decap removes the outer header. The inner packet then stands behind the link header, with the ECN field of RFC 6040
+ * figure 4. Returns 0 or a drop reason. */
+static __always_inline int decap(struct __sk_buff *skb, __u32 l2, int len, const struct ipv6hdr *o, const struct iphdr *ip)
+{
+	__u8 oe = (bpf_ntohl(*(__be32 *)o) >> 20) & 3, ie = ip->tos & 3, tos = ip->tos;
+
+	if (oe == 3) {
+		if (ie == 0)
+			return DROP_ECN;
+		tos |= 3;
+	} else if (oe == 1 && ie == 2) {
+		tos = (tos & ~3) | 1;
+	}
+	if (bpf_skb_adjust_room(skb, -len, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_DECAP_L3_IPV4 | BPF_F_ADJ_ROOM_FIXED_GSO))
+		return DROP_INTERNAL;
+	if (l2) {
+		__be16 proto = bpf_htons(ETH_P_IP);
+		if (bpf_skb_store_bytes(skb, 12, &proto, 2, 0))
+			return DROP_INTERNAL;
+	}
+	if (tos != ip->tos && set_tos(skb, l2, ip, tos))
+		return DROP_INTERNAL;
+	return 0;
+}
+
+/* label hashes the inner 5-tuple into 20 bits (RFC 6438). Fragments have no ports, so that all of one packet match. */
+static __always_inline __u32 label(struct __sk_buff *skb, const struct iphdr *ip)
+{
+	__u32 ports = 0, h;
+
+	if (!(ip->frag_off & bpf_htons(0x3fff)) && (ip->protocol == IPPROTO_TCP || ip->protocol == IPPROTO_UDP || ip->protocol == IPPROTO_SCTP))
+		bpf_skb_load_bytes(skb, ip->ihl * 4, &ports, 4);
+	h = ip->saddr * 0x9e3779b1 ^ ip->daddr * 0x85ebca6b ^ ports * 0xc2b2ae35 ^ ip->protocol;
+	h ^= h >> 15;
+	h *= 0x2c1b3c6d;
+	h ^= h >> 12;
+	return h & 0xfffff;
+}
+
+/* output sends an IPv6 packet on the way that routing has for its destination. `device` is the interface in whose
+ * forwarding context we ask. The link header must be there. Returns a verdict. */
+static __always_inline int output(struct __sk_buff *skb, struct counters *c, __u32 device, const struct in6_addr *src, const struct in6_addr *dst, __u32 len)
+{
+	struct bpf_fib_lookup f = {};
+	long rc;
+
+	f.family = AF_INET6;
+	f.ifindex = device;
+	__builtin_memcpy(f.ipv6_src, src, sizeof(*src));
+	__builtin_memcpy(f.ipv6_dst, dst, sizeof(*dst));
+	rc = bpf_fib_lookup(skb, &f, sizeof(f), BPF_FIB_LOOKUP_OUTPUT);
+	if (rc != BPF_FIB_LKUP_RET_SUCCESS && rc != BPF_FIB_LKUP_RET_NO_NEIGH)
+		return drop(c, DROP_NO_ROUTE);
+	c->tx++;
+	c->tx_bytes += len;
+	return bpf_redirect_neigh(f.ifindex, NULL, 0, 0);
+}
+
+/* encap puts an outer header in front of the IPv4 packet that leaves the TUN, and sends it. */
+static __always_inline int encap(struct __sk_buff *skb, struct counters *c, const struct config *cfg, const struct iphdr *ip, const struct in6_addr *src, const struct in6_addr *dst)
+{
+	struct ipv6hdr o = {};
+	__u32 len = skb->len;
+	__be16 proto = bpf_htons(ETH_P_IPV6);
+
+	*(__be32 *)&o = bpf_htonl(6u << 28 | (__u32)ip->tos << 20 | label(skb, ip));
+	o.payload_len = bpf_htons(len); /* of a super-packet too: segmentation rewrites it */
+	o.nexthdr = IPPROTO_IPIP;
+	o.hop_limit = cfg->hop_limit;
+	o.saddr = *src;
+	o.daddr = *dst;
+	if (bpf_skb_adjust_room(skb, OUTER, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 | BPF_F_ADJ_ROOM_FIXED_GSO) ||
+	    bpf_skb_store_bytes(skb, 0, &o, sizeof(o), 0) ||
+	    bpf_skb_change_head(skb, ETH_HLEN, 0) ||
+	    bpf_skb_store_bytes(skb, 12, &proto, 2, 0))
+		return drop(c, DROP_INTERNAL);
+	return output(skb, c, cfg->device, src, dst, len);
+}
+
+#endif
