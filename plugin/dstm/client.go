@@ -2,248 +2,282 @@ package dstm
 
 import (
 	"context"
-	"fmt"
-	"log/slog"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
-
-	clog "github.com/coredns/coredns/plugin/pkg/log"
 
 	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/lease"
 	"github.com/dstm-project/dstm/leasesvc/leaseclient"
 )
 
-var log = clog.NewWithPlugin(pluginName)
-
 const (
-	rewatchMin = 100 * time.Millisecond
-	rewatchMax = 5 * time.Second
+	// flightTime is how long a hint may take. It is longer than the answer is held: what is learned late still serves the
+	// host's next query.
+	flightTime = time.Second
+
+	// After a hint that brought nothing, the host is not hinted for again this soon.
+	quietPending = 2 * time.Second
+	quietError   = time.Second
+	quietRefused = 10 * time.Second
+
+	watchBackoffMin = 100 * time.Millisecond
+	watchBackoffMax = 5 * time.Second
 )
 
-// service is what the plugin asks of the lease service.
+// service is what the plugin needs of the lease service.
 type service interface {
-	watchHosts(ctx context.Context, clients []netip.Prefix) (watch, error)
-	Hint(ctx context.Context, source netip.Addr) (leaseclient.HintResult, lease.Reason, time.Duration, error)
+	WatchHosts(ctx context.Context, clients []netip.Prefix) (watch, error)
+	Hint(ctx context.Context, source netip.Addr) (hintReply, error)
 	Close() error
 }
 
-// watch is a stream of leaseclient.HostState, HostGone, InSync and PoolState.
+// watch is a stream of leaseclient's HostState, HostGone, InSync and PoolState. Recv ends with an error.
 type watch interface {
 	Recv() (any, error)
 	Close()
 }
 
-// conn is the lease service over gRPC.
-type conn struct{ *leaseclient.Conn }
-
-func (c conn) watchHosts(ctx context.Context, clients []netip.Prefix) (watch, error) {
-	w, err := c.WatchHosts(ctx, clients)
-	if err != nil {
-		return nil, err // not w: a nil *Watch is no nil watch
-	}
-	return w, nil
+// hintReply is the lease service's answer to a hint.
+type hintReply struct {
+	result leaseclient.HintResult
+	reason lease.Reason
+	left   time.Duration // of the lease
 }
 
-// client follows one lease service for all server blocks, and all their reloads, that share a configuration.
+// client is one lease service as seen by all server blocks that name it alike: the hosts it knows, and hints to it.
 type client struct {
 	svc     service
 	clients []netip.Prefix
-	hosts   *table
-	tried   atomic.Bool // in sync once, or failed once
-	synced  bool        // of run only
-	cancel  context.CancelFunc
-	done    sync.WaitGroup
+	table   *table
+	met     *metrics
 
-	key  string // with refs: guarded by registry.mu
-	refs int
+	ctx    context.Context
+	cancel context.CancelFunc
+
+	tried atomic.Bool // the first watch is in sync or has failed
+	live  atomic.Bool // a watch is in sync now
+
+	mu     sync.Mutex // guards closed, and wg.Add against wg.Wait
+	closed bool
+	wg     sync.WaitGroup
 }
 
-// start opens the identity and begins to follow the service. It does not wait for it.
-func start(cfg *config) (*client, error) {
-	id, err := tlsid.Open(cfg.tls, tlsid.RoleResolver, slog.Default())
-	if err != nil {
-		return nil, err
-	}
-	c, err := leaseclient.New(leaseclient.Options{Servers: cfg.to, TLS: id.Client(cfg.serverName)})
-	if err != nil {
-		return nil, err
-	}
-	return follow(conn{c}, cfg.clients, id.Watch), nil
-}
-
-// follow runs a client and the given companions until stop.
-func follow(svc service, clients []netip.Prefix, with ...func(context.Context) error) *client {
-	ctx, cancel := context.WithCancel(context.Background())
-	c := &client{svc: svc, clients: clients, hosts: newTable(), cancel: cancel}
-	c.done.Go(func() { c.run(ctx) })
-	for _, f := range with {
-		c.done.Go(func() { _ = f(ctx) }) // ends with ctx, and with no error
-	}
+func newClient(svc service, prefixes []netip.Prefix, met *metrics) *client {
+	c := &client{svc: svc, clients: prefixes, table: newTable(met), met: met}
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	c.spawn(c.follow)
 	return c
 }
 
-func (c *client) stop() {
-	c.cancel()
-	_ = c.svc.Close() // streams and hints under way end with it; there is nobody left to tell
-	c.done.Wait()
-	c.hosts.clear()
+// spawn runs f unless the client is closed.
+func (c *client) spawn(f func()) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return false
+	}
+	c.wg.Go(f)
+	return true
 }
 
-// run keeps the host table up to date. Between two streams the last table stays: leases in it run out by themselves.
-func (c *client) run(ctx context.Context) {
-	wait := rewatchMin
+func (c *client) close() {
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
+	c.cancel()
+	if err := c.svc.Close(); err != nil {
+		log.Warningf("closing the connection to the lease service: %v", err)
+	}
+	c.wg.Wait()
+	c.table.clear()
+}
+
+// follow keeps a watch open until the client is closed. While there is none, the table stays as it is: leases in it run
+// out by themselves, and hosts that left are at worst hinted for in vain.
+func (c *client) follow() {
+	wait := watchBackoffMin
 	for {
-		err := c.watchOnce(ctx)
+		synced, err := c.watchOnce()
+		c.setLive(false)
 		c.tried.Store(true)
-		if c.synced {
-			c.synced, wait = false, rewatchMin
-			inSync.Dec()
-		}
-		if ctx.Err() != nil {
+		if c.ctx.Err() != nil {
 			return
 		}
-		watchFailures.Inc()
-		if wait == rewatchMin {
-			log.Warningf("lease service lost, DNS goes on without it: %v", err)
+		c.met.watchFailures.Inc()
+		if synced {
+			wait = watchBackoffMin
+			log.Warningf("lost the lease service, answers go on without leases: %v", err)
+		} else if wait == watchBackoffMin {
+			log.Warningf("lease service not reached, answers go on without leases: %v", err)
 		}
 		select {
-		case <-ctx.Done():
+		case <-c.ctx.Done():
 			return
 		case <-time.After(wait/2 + rand.N(wait/2+1)):
 		}
-		wait = min(2*wait, rewatchMax)
+		wait = min(2*wait, watchBackoffMax)
 	}
 }
 
-func (c *client) watchOnce(ctx context.Context) error {
-	c.hosts.relist()
-	w, err := c.svc.watchHosts(ctx, c.clients)
+// watchOnce reads one watch to its end. synced says whether it got as far as the end of the list.
+func (c *client) watchOnce() (synced bool, err error) {
+	w, err := c.svc.WatchHosts(c.ctx, c.clients)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer w.Close()
+	c.table.listing()
 	for {
-		e, err := w.Recv()
+		ev, err := w.Recv()
 		if err != nil {
-			return err
+			return synced, err
 		}
-		c.hosts.apply(e)
-		if _, ok := e.(leaseclient.InSync); ok && !c.synced {
-			c.synced = true
+		switch ev := ev.(type) {
+		case leaseclient.HostState:
+			c.table.upsert(ev)
+		case leaseclient.HostGone:
+			c.table.remove(ev.Source)
+		case leaseclient.PoolState:
+			c.table.pool(ev)
+		case leaseclient.InSync:
+			synced = true
+			n := c.table.listed()
+			c.setLive(true)
 			c.tried.Store(true)
-			inSync.Inc()
-			log.Info("host table in sync with the lease service")
+			log.Infof("lease service in sync: %d host addresses", n)
 		}
 	}
 }
 
-// hint makes sure that one hint for the host is under way and returns at its end.
-func (c *client) hint(h *host, source netip.Addr, budget time.Duration) {
-	f, pilot := h.board(time.Now())
-	switch {
-	case f == nil:
-		return
-	case !pilot:
-		<-f.done
+func (c *client) setLive(on bool) {
+	if c.live.Swap(on) == on {
 		return
 	}
-	var left time.Duration
-	defer func() { h.land(time.Now(), left) }()
+	if on {
+		c.met.watchUp.Inc()
+	} else {
+		c.met.watchUp.Dec()
+	}
+}
 
-	ctx, cancel := context.WithTimeout(context.Background(), budget)
+// flight is one hint under way.
+type flight struct {
+	began int64 // on the table's clock
+	done  chan struct{}
+}
+
+// hint joins the hint under way for the host, or starts one. It returns nil when there is nothing to wait for.
+func (c *client) hint(h *host, source netip.Addr) *flight {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	now := c.table.now()
+	if h.flight != nil {
+		return h.flight
+	}
+	if h.leased(now) || h.quiet(now) {
+		return nil
+	}
+	f := &flight{began: now, done: make(chan struct{})}
+	if !c.spawn(func() { c.fly(h, f, source) }) {
+		return nil
+	}
+	h.flight = f
+	return f
+}
+
+func (c *client) fly(h *host, f *flight, source netip.Addr) {
+	ctx, cancel := context.WithTimeout(c.ctx, flightTime)
 	defer cancel()
-	begin := time.Now()
-	res, _, l, err := c.svc.Hint(ctx, source)
-	hintSeconds.Observe(time.Since(begin).Seconds())
-	result := resultOf(ctx, res, err)
-	hintsTotal.WithLabelValues(result).Inc()
-	if result == "ready" {
-		left = l
-	}
+	rep, err := c.svc.Hint(ctx, source)
+
+	h.mu.Lock()
+	c.met.hint(h.settle(c.table.now(), rep, err, ctx.Err() != nil))
+	h.flight = nil
+	h.mu.Unlock()
+	close(f.done)
 }
 
-// resultOf names the end of a hint for the metric. An answer that misses the budget is no fault of the service: its own
-// timer and ours run out together.
-func resultOf(ctx context.Context, res leaseclient.HintResult, err error) string {
-	switch {
-	case err != nil && ctx.Err() != nil:
-		return "timeout"
-	case err != nil:
-		return "error"
-	}
-	switch res {
-	case leaseclient.HintReady:
-		return "ready"
-	case leaseclient.HintRefused:
-		return "refused"
-	case leaseclient.HintPending:
-	}
-	return "pending"
-}
+// clients are the clients of the process, one for each distinct way to a lease service, counted by their users. They
+// outlive reloads, so a reload forgets no host and opens no second watch.
+type clients struct {
+	dial func(*config, *tlsid.Source) (service, error)
+	met  *metrics
 
-// registry counts the holders of each client. Over a reload CoreDNS starts the new instance before it stops the old one;
-// both hold the client meanwhile, so that an unchanged block keeps its connection and table.
-type registry struct {
 	mu     sync.Mutex
-	byKey  map[string]*client
-	recent []*client // acquired since the last reload began: given back if that reload fails
+	byKey  map[string]*shared
+	reload bool
+	fresh  []func() // releases of what was acquired since the reload began
 }
 
-// shared is the one piece of state that outlives a plugin instance, which CoreDNS offers no other place for.
-var shared = &registry{byKey: map[string]*client{}}
+type shared struct {
+	c     *client
+	users int
+}
 
-func (r *registry) acquire(key string, start func() (*client, error)) (*client, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	c := r.byKey[key]
-	if c == nil {
-		var err error
-		if c, err = start(); err != nil {
-			return nil, fmt.Errorf("lease service: %w", err)
+func newClients(dial func(*config, *tlsid.Source) (service, error), met *metrics) *clients {
+	return &clients{dial: dial, met: met, byKey: map[string]*shared{}}
+}
+
+// acquire returns the client for cfg and the function that gives it back; calling that twice does no harm.
+func (cs *clients) acquire(cfg *config, src *tlsid.Source) (*client, func(), error) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	key := cfg.key()
+	s := cs.byKey[key]
+	if s == nil {
+		svc, err := cs.dial(cfg, src)
+		if err != nil {
+			return nil, nil, err
 		}
-		c.key = key
-		r.byKey[key] = c
+		s = &shared{c: newClient(svc, slices.Clone(cfg.clients), cs.met)}
+		cs.byKey[key] = s
 	}
-	c.refs++
-	r.recent = append(r.recent, c)
-	return c, nil
-}
-
-// release gives back what acquire returned; nil is allowed. It is the end of a reload that went well, or of the process.
-func (r *registry) release(c *client) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.recent = nil
-	r.drop(c)
-}
-
-// restarting notes that what is acquired from now on belongs to an instance that may never run.
-func (r *registry) restarting() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.recent = nil
-}
-
-// restartFailed gives back what the discarded instance acquired: its own shutdown is never called.
-func (r *registry) restartFailed() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, c := range r.recent {
-		r.drop(c)
+	s.users++
+	release := sync.OnceFunc(func() { cs.release(key, s) })
+	if cs.reload {
+		cs.fresh = append(cs.fresh, release)
 	}
-	r.recent = nil
+	return s.c, release, nil
 }
 
-func (r *registry) drop(c *client) {
-	if c == nil {
-		return
+func (cs *clients) release(key string, s *shared) {
+	cs.mu.Lock()
+	s.users--
+	last := s.users == 0
+	if last {
+		delete(cs.byKey, key)
 	}
-	if c.refs--; c.refs == 0 {
-		delete(r.byKey, c.key)
-		c.stop()
+	cs.mu.Unlock()
+	if last {
+		s.c.close()
+	}
+}
+
+// restarting says that a reload began: what is acquired from here on belongs to the new instance.
+func (cs *clients) restarting() {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	cs.reload, cs.fresh = true, nil
+}
+
+// restarted says that the new instance runs.
+func (cs *clients) restarted() {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	cs.reload, cs.fresh = false, nil
+}
+
+// restartFailed gives back what the failed instance acquired: it gets no OnShutdown.
+func (cs *clients) restartFailed() {
+	cs.mu.Lock()
+	fresh := cs.fresh
+	cs.reload, cs.fresh = false, nil
+	cs.mu.Unlock()
+	for _, release := range fresh {
+		release()
 	}
 }

@@ -3,176 +3,222 @@ package dstm
 import (
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dstm-project/dstm/lease"
 	"github.com/dstm-project/dstm/leasesvc/leaseclient"
 )
 
-// afterHint is how long a host is left alone once a hint for it has ended, whatever came of it: the A and the AAAA query
-// for one name, one after the other, cost one hint and at most one hold. A refusal that lasts longer comes with the table.
-const afterHint = time.Second
+// shards is how many locks the table has. One writer and all of CoreDNS's readers share it.
+const shards = 64
 
-// table is what is known of the hosts, fed by the lease service and asked for each query. All deadlines are on the local
-// monotonic clock.
+// table holds the registered hosts by source address. A look-up takes one read lock and allocates nothing.
 type table struct {
-	mu       sync.RWMutex
-	bySource map[netip.Addr]*source
-	byKey    map[uint64]*host
-	round    uint64 // of the listing in progress, to find what a reconnection no longer lists
-	hintsOn  bool
-	dry      bool
+	start time.Time // of its clock: monotonic nanoseconds since then
+	met   *metrics
+	off   atomic.Bool // hints are of no use now: switched off, or no address is free
+
+	shard [shards]shard
+
+	mu     sync.Mutex // guards what follows; readers do not need it
+	byKey  map[uint64]*host
+	round  uint64 // of listing; entries of an older one are gone when the list ends
+	amount int
 }
 
-type source struct {
-	host  *host
+type shard struct {
+	mu sync.RWMutex
+	m  map[netip.Addr]entry
+}
+
+type entry struct {
+	h     *host
 	round uint64
 }
 
-// host is one machine with all its source addresses.
+// host is one registered host; its sources share it. Times are on the table's clock.
 type host struct {
-	key  uint64
-	refs int // sources; guarded by table.mu
+	key  uint64 // 0 = has one source and shares nothing
+	uses int    // sources, guarded by table.mu
 
-	mu      sync.Mutex
-	lease   time.Time // end of its lease
-	refused time.Time // end of the service's refusal
-	quiet   time.Time // end of the pause after a hint
-	flight  *flight   // the hint under way
+	leaseUntil atomic.Int64 // 0 = no lease
+	quietUntil atomic.Int64 // no hint before: it was refused or brought nothing
+	mute       atomic.Bool  // did not answer an offer; its answers are not held before it speaks again
+
+	mu     sync.Mutex
+	flight *flight // the hint under way
 }
 
-// flight is a hint under way. done is closed at its end.
-type flight struct{ done chan struct{} }
-
-func newTable() *table {
-	return &table{bySource: map[netip.Addr]*source{}, byKey: map[uint64]*host{}, hintsOn: true}
-}
-
-// needs returns the host at an address if it is registered and a hint for it would be of use now.
-func (t *table) needs(a netip.Addr) *host {
-	t.mu.RLock()
-	s := t.bySource[a]
-	useful := t.hintsOn && !t.dry
-	t.mu.RUnlock()
-	if s == nil || !useful || !s.host.wants(time.Now()) {
-		return nil
+func newTable(met *metrics) *table {
+	t := &table{start: time.Now(), met: met, byKey: map[uint64]*host{}}
+	for i := range t.shard {
+		t.shard[i].m = map[netip.Addr]entry{}
 	}
-	return s.host
+	return t
 }
 
-// wants says whether the host has neither a lease with time left nor a reason to be left alone.
-func (h *host) wants(now time.Time) bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.open(now)
-}
+// now never is 0, so that 0 can mean "never".
+func (t *table) now() int64 { return int64(time.Since(t.start)) + 1 }
 
-func (h *host) open(now time.Time) bool {
-	return !now.Before(h.lease) && !now.Before(h.refused) && !now.Before(h.quiet)
-}
+func (h *host) leased(now int64) bool { return h.leaseUntil.Load() > now }
+func (h *host) quiet(now int64) bool  { return h.quietUntil.Load() > now }
 
-// board returns the flight to wait for and whether the caller is the one who flies it; nil if none is needed any more.
-func (h *host) board(now time.Time) (f *flight, pilot bool) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
+// settle takes in the outcome of a hint and returns its name in metrics. It is called with h.mu held.
+func (h *host) settle(now int64, rep hintReply, err error, late bool) hintResult {
 	switch {
-	case h.flight != nil:
-		return h.flight, false
-	case !h.open(now):
-		return nil, false
-	}
-	h.flight = &flight{done: make(chan struct{})}
-	return h.flight, true
-}
-
-// land ends the flight. left is what remains of a lease that the hint found, 0 without.
-func (h *host) land(now time.Time, left time.Duration) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.quiet = now.Add(afterHint)
-	if left > 0 {
-		h.lease = now.Add(left)
-	}
-	close(h.flight.done)
-	h.flight = nil
-}
-
-// apply takes one event of the watch.
-func (t *table) apply(e any) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	switch e := e.(type) {
-	case leaseclient.HostState:
-		if !e.Registered {
-			t.remove(e.Source)
-			return
+	case err != nil && !late:
+		h.quietUntil.Store(now + int64(quietError))
+		return hintFailed
+	case err == nil && rep.result == leaseclient.HintReady:
+		h.mute.Store(false)
+		if rep.left > 0 {
+			h.leaseUntil.Store(now + int64(rep.left))
+		} else { // ready, but for a time we were not told
+			h.quietUntil.Store(now + int64(quietError))
 		}
-		t.put(e)
-	case leaseclient.HostGone:
-		t.remove(e.Source)
-	case leaseclient.PoolState:
-		t.hintsOn, t.dry = e.HintsOn, e.Dry
-	case leaseclient.InSync:
-		for a, s := range t.bySource {
-			if s.round != t.round {
-				t.remove(a)
-			}
+		return hintReady
+	case err == nil && rep.result == leaseclient.HintRefused:
+		// A host state with the exact time may have come before.
+		if until := now + int64(quietRefused); !h.quiet(now) {
+			h.quietUntil.Store(until)
 		}
+		return hintRefused
+	default:
+		h.mute.Store(true)
+		h.quietUntil.Store(now + int64(quietPending))
+		return hintPending
 	}
 }
 
-// relist starts a new listing. What the last connection said stays in force until InSync.
-func (t *table) relist() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.round++
+// shardOf spreads addresses by the bytes in which neighbours differ: subnet, and the end of the interface identifier.
+func (t *table) shardOf(a netip.Addr) *shard {
+	b := a.As16()
+	return &t.shard[(b[15]^b[14]<<3^b[11]^b[7])%shards]
 }
 
-func (t *table) put(e leaseclient.HostState) {
-	if s := t.bySource[e.Source]; s != nil && s.host.key != e.Key {
-		t.remove(e.Source)
-	}
-	s := t.bySource[e.Source]
-	if s == nil {
-		h := t.byKey[e.Key]
-		if h == nil {
-			h = &host{key: e.Key}
-			t.byKey[e.Key] = h
-		}
-		h.refs++
-		s = &source{host: h}
-		t.bySource[e.Source] = s
-		hostsKnown.Inc()
-	}
-	s.round = t.round
-
-	now := time.Now()
-	h := s.host
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.lease, h.refused = now.Add(e.Left), time.Time{}
-	if e.Refused != lease.ReasonNone {
-		h.refused = now.Add(e.RefusedFor)
-	}
+// find returns the registered host with this source, or nil.
+func (t *table) find(a netip.Addr) *host {
+	s := t.shardOf(a)
+	s.mu.RLock()
+	e := s.m[a]
+	s.mu.RUnlock()
+	return e.h
 }
 
-func (t *table) remove(a netip.Addr) {
-	s := t.bySource[a]
-	if s == nil {
+// upsert takes in what the service says of one source.
+func (t *table) upsert(ev leaseclient.HostState) {
+	if !ev.Registered {
+		t.remove(ev.Source)
 		return
 	}
-	delete(t.bySource, a)
-	hostsKnown.Dec()
-	if s.host.refs--; s.host.refs == 0 {
-		delete(t.byKey, s.host.key)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.shardOf(ev.Source)
+	s.mu.RLock()
+	old := s.m[ev.Source]
+	s.mu.RUnlock()
+
+	h := old.h
+	if h == nil || h.key != ev.Key {
+		h = t.byKey[ev.Key] // nothing is ever stored under 0
+		if h == nil {
+			h = &host{key: ev.Key}
+			if ev.Key != 0 {
+				t.byKey[ev.Key] = h
+			}
+		}
+		h.uses++
+	}
+	now := t.now()
+	h.mute.Store(false)
+	h.leaseUntil.Store(after(now, ev.Left))
+	if ev.Refused == lease.ReasonNone {
+		h.quietUntil.Store(0)
+	} else {
+		h.quietUntil.Store(after(now, ev.RefusedFor))
+	}
+	s.mu.Lock()
+	s.m[ev.Source] = entry{h, t.round}
+	s.mu.Unlock()
+	switch {
+	case old.h == nil:
+		t.count(1)
+	case old.h != h:
+		t.unuse(old.h)
 	}
 }
 
-// clear empties the table, for the metric's sake.
+// after returns the time d from now, 0 for no time.
+func after(now int64, d time.Duration) int64 {
+	if d <= 0 {
+		return 0
+	}
+	return now + int64(d)
+}
+
+// remove forgets a source; one that is not there is removed already.
+func (t *table) remove(a netip.Addr) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.shardOf(a)
+	s.mu.Lock()
+	e, ok := s.m[a]
+	delete(s.m, a)
+	s.mu.Unlock()
+	if ok {
+		t.unuse(e.h)
+		t.count(-1)
+	}
+}
+
+func (t *table) unuse(h *host) {
+	if h.uses--; h.uses == 0 {
+		delete(t.byKey, h.key)
+	}
+}
+
+func (t *table) count(by int) {
+	t.amount += by
+	t.met.hosts.Add(float64(by))
+}
+
+// pool takes in what the service says of its pools.
+func (t *table) pool(ev leaseclient.PoolState) { t.off.Store(!ev.HintsOn || ev.Dry) }
+
+// listing says that a new list begins.
+func (t *table) listing() {
+	t.mu.Lock()
+	t.round++
+	t.mu.Unlock()
+}
+
+// listed says that the list is complete: what it did not name is gone. It returns how many sources there are.
+func (t *table) listed() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.sweep(func(e entry) bool { return e.round != t.round })
+	return t.amount
+}
+
+// clear forgets everything.
 func (t *table) clear() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for a := range t.bySource {
-		t.remove(a)
+	t.sweep(func(entry) bool { return true })
+}
+
+func (t *table) sweep(gone func(entry) bool) {
+	for i := range t.shard {
+		s := &t.shard[i]
+		s.mu.Lock()
+		for a, e := range s.m {
+			if gone(e) {
+				delete(s.m, a)
+				t.unuse(e.h)
+				t.count(-1)
+			}
+		}
+		s.mu.Unlock()
 	}
 }

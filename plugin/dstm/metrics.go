@@ -3,47 +3,79 @@ package dstm
 import (
 	"github.com/coredns/coredns/plugin"
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promauto"
 )
 
-// The metrics live in the default registry, where CoreDNS's prometheus plugin looks for them.
-var (
-	hintsTotal = promauto.NewCounterVec(prometheus.CounterOpts{
-		Namespace: plugin.Namespace, Subsystem: pluginName, Name: "hints_total",
-		Help: "Hints sent to the lease service, by result: ready, pending, refused, timeout or error.",
-	}, []string{"result"})
-	hintSeconds = promauto.NewHistogram(prometheus.HistogramOpts{
-		Namespace: plugin.Namespace, Subsystem: pluginName, Name: "hint_duration_seconds",
-		Help:    "Time from a hint to its answer.",
-		Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1},
-	})
-	lookupsTotal = promauto.NewCounterVec(prometheus.CounterOpts{
-		Namespace: plugin.Namespace, Subsystem: pluginName, Name: "lookups_total",
-		Help: "Own look-ups of the other address family, by type asked for.",
-	}, []string{"type"})
-	holdSeconds = promauto.NewHistogramVec(prometheus.HistogramOpts{
-		Namespace: plugin.Namespace, Subsystem: pluginName, Name: "hold_duration_seconds",
-		Help:    "Time that answers were held back.",
-		Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1},
-	}, []string{"server"})
-	unheldTotal = promauto.NewCounterVec(prometheus.CounterOpts{
-		Namespace: plugin.Namespace, Subsystem: pluginName, Name: "hold_overflow_total",
-		Help: "Answers given at once and without a hint because max_held queries were worked on already.",
-	}, []string{"server"})
-	heldNow = promauto.NewGauge(prometheus.GaugeOpts{
-		Namespace: plugin.Namespace, Subsystem: pluginName, Name: "held_queries",
-		Help: "Queries worked on now: look-up or hint under way.",
-	})
-	hostsKnown = promauto.NewGauge(prometheus.GaugeOpts{
-		Namespace: plugin.Namespace, Subsystem: pluginName, Name: "host_sources",
-		Help: "Source addresses of registered hosts in the local tables.",
-	})
-	inSync = promauto.NewGauge(prometheus.GaugeOpts{
-		Namespace: plugin.Namespace, Subsystem: pluginName, Name: "tables_in_sync",
-		Help: "Host tables that follow their lease service now; one for each distinct configuration.",
-	})
-	watchFailures = promauto.NewCounter(prometheus.CounterOpts{
-		Namespace: plugin.Namespace, Subsystem: pluginName, Name: "watch_failures_total",
-		Help: "Host streams that ended or could not be opened.",
-	})
+// queryResult is what became of an address query of a registered host.
+type queryResult uint8
+
+const (
+	queryLeased   queryResult = iota // holds a lease: nothing to do
+	queryQuiet                       // refused or without success a moment ago
+	queryOff                         // hints are switched off, or no address is free
+	queryDenied                      // name on the deny-list
+	queryNotOnly                     // not IPv4-only
+	queryOnly                        // IPv4-only
+	queryBusy                        // a hint is under way and the answer is not held for it
+	queryOverload                    // max_held reached
+	queryResults
 )
+
+// hintResult is what became of a hint.
+type hintResult uint8
+
+const (
+	hintReady   hintResult = iota // the host's path is up
+	hintPending                   // not in time
+	hintRefused
+	hintFailed // the lease service was not reached
+	hintResults
+)
+
+// Labels in the order of the constants.
+var (
+	queryLabels = [queryResults]string{"leased", "quiet", "off", "denied", "not_ipv4_only", "ipv4_only", "busy", "overload"}
+	hintLabels  = [hintResults]string{"ready", "pending", "refused", "error"}
+)
+
+// metrics are shared by all server blocks and outlive reloads.
+type metrics struct {
+	queries       [queryResults]prometheus.Counter
+	hints         [hintResults]prometheus.Counter
+	held          prometheus.Gauge
+	hold          prometheus.Histogram
+	hosts         prometheus.Gauge
+	watchUp       prometheus.Gauge
+	watchFailures prometheus.Counter
+}
+
+// newMetrics registers the metrics with reg; nil registers nothing.
+func newMetrics(reg prometheus.Registerer) *metrics {
+	opts := func(n, help string) prometheus.Opts {
+		return prometheus.Opts{Namespace: plugin.Namespace, Subsystem: name, Name: n, Help: help}
+	}
+	queries := prometheus.NewCounterVec(prometheus.CounterOpts(opts("queries_total", "Address queries of registered hosts, by what became of them.")), []string{"result"})
+	hints := prometheus.NewCounterVec(prometheus.CounterOpts(opts("hints_total", "Hints sent to the lease service, by result.")), []string{"result"})
+	m := &metrics{
+		held:          prometheus.NewGauge(prometheus.GaugeOpts(opts("held_queries", "Queries whose answer is held at this moment."))),
+		hosts:         prometheus.NewGauge(prometheus.GaugeOpts(opts("hosts", "Source addresses of registered hosts."))),
+		watchUp:       prometheus.NewGauge(prometheus.GaugeOpts(opts("watches_in_sync", "Lease services whose list of hosts is up to date."))),
+		watchFailures: prometheus.NewCounter(prometheus.CounterOpts(opts("watch_failures_total", "Times that the list of hosts was lost or not to be had."))),
+		hold: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Namespace: plugin.Namespace, Subsystem: name, Name: "hold_seconds", Help: "How long answers were held.",
+			Buckets: []float64{.001, .002, .005, .01, .02, .05, .1, .25, .5, 1},
+		}),
+	}
+	for i := range m.queries {
+		m.queries[i] = queries.WithLabelValues(queryLabels[i])
+	}
+	for i := range m.hints {
+		m.hints[i] = hints.WithLabelValues(hintLabels[i])
+	}
+	if reg != nil {
+		reg.MustRegister(queries, hints, m.held, m.hosts, m.watchUp, m.watchFailures, m.hold)
+	}
+	return m
+}
+
+func (m *metrics) query(r queryResult) { m.queries[r].Inc() }
+func (m *metrics) hint(r hintResult)   { m.hints[r].Inc() }
