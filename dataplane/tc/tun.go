@@ -34,12 +34,12 @@ func openTUN(name string, persistent bool) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("/dev/net/tun: %w", err)
 	}
-	f := os.NewFile(uintptr(fd), "/dev/net/tun")
 	if err := setup(fd, name, persistent); err != nil {
-		f.Close()
+		unix.Close(fd)
 		return nil, fmt.Errorf("device %s: %w", name, err)
 	}
-	return f, nil
+	// Only now: a descriptor that the poller takes before it belongs to a device is never woken.
+	return os.NewFile(uintptr(fd), "/dev/net/tun"), nil
 }
 
 func setup(fd int, name string, persistent bool) error {
