@@ -53,7 +53,7 @@ func (d *DSTM) ServeDNS(ctx context.Context, w dns.ResponseWriter, r *dns.Msg) (
 	rec := &recorder{ResponseWriter: w}
 	rcode, err := plugin.NextOrFailure(name, d.Next, ctx, rec, r)
 	if rec.raw == nil {
-		d.prepare(ctx, request.Request{W: w, Req: req}, source, h, answer{rec.msg, rcode})
+		d.prepare(ctx, request.Request{W: newPeer(w), Req: req}, source, h, answer{rec.msg, rcode})
 	}
 	if werr := rec.flush(); err == nil {
 		err = werr
@@ -262,3 +262,17 @@ func (d *DSTM) ask(ctx context.Context, state request.Request, qtype uint16) ans
 		return none()
 	}
 }
+
+// peer stands in for the connection in a look-up that may outlive its query: it says who asks and writes nothing.
+type peer struct{ local, remote net.Addr }
+
+func newPeer(w dns.ResponseWriter) *peer { return &peer{w.LocalAddr(), w.RemoteAddr()} }
+
+func (p *peer) LocalAddr() net.Addr       { return p.local }
+func (p *peer) RemoteAddr() net.Addr      { return p.remote }
+func (*peer) WriteMsg(*dns.Msg) error     { return nil }
+func (*peer) Write(b []byte) (int, error) { return len(b), nil }
+func (*peer) Close() error                { return nil }
+func (*peer) TsigStatus() error           { return nil }
+func (*peer) TsigTimersOnly(bool)         {}
+func (*peer) Hijack()                     {}

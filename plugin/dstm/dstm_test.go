@@ -58,12 +58,12 @@ func TestHold(t *testing.T) {
 				f := newFake(t, registered(hostA))
 				f.reply = c.reply
 				z := v4only(t)
-				z.delay = map[uint16]time.Duration{dns.TypeAAAA: c.probe * time.Millisecond}
+				z.slow.Store(int64(c.probe * time.Millisecond))
 				d := newPlugin(t, f, z)
 				d.cfg.hold = c.hold * time.Millisecond
 				_, first := query(t, d, hostA, "n.example.", dns.TypeA)
 				time.Sleep(2900 * time.Millisecond)
-				z.delay = nil
+				z.slow.Store(0)
 				_, again := query(t, d, hostA, "n.example.", dns.TypeA)
 				time.Sleep(2 * time.Second)
 				got := []any{first, again, f.count()}

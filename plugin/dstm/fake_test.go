@@ -111,16 +111,16 @@ func (f *fakeService) count() int {
 // zone answers by type of question, below the plugin.
 type zone struct {
 	a, aaaa answer
-	delay   map[uint16]time.Duration
+	slow    atomic.Int64 // nanoseconds that AAAA takes
 	asked   atomic.Int64
 }
 
 func (z *zone) Name() string { return "zone" }
 func (z *zone) ServeDNS(_ context.Context, w dns.ResponseWriter, r *dns.Msg) (int, error) {
 	z.asked.Add(1)
-	time.Sleep(z.delay[r.Question[0].Qtype])
 	a := z.a
 	if r.Question[0].Qtype == dns.TypeAAAA {
+		time.Sleep(time.Duration(z.slow.Load()))
 		a = z.aaaa
 	}
 	if a.msg == nil {
@@ -141,6 +141,7 @@ type asker struct {
 }
 
 func (w *asker) RemoteAddr() net.Addr { return w.from }
+func (w *asker) LocalAddr() net.Addr  { return w.from }
 func (w *asker) WriteMsg(m *dns.Msg) error {
 	w.got, w.at = append(w.got, m), time.Now()
 	return nil
