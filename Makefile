@@ -8,7 +8,6 @@ GO       ?= go
 PREFIX   ?= /usr/local
 PROGRAMS := leasesvc tepd dstmd dstm coredns
 TOOL      = $(GO) tool -modfile=tools/go.mod
-LAB      ?= dstm01
 VERSION  := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS  := -s -w -X github.com/dstm-project/dstm/internal/daemon.version=$(VERSION)
 FUZZTIME ?= 20s
@@ -26,13 +25,11 @@ coredns: ## build CoreDNS with the plugin into bin/
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/coredns
 
 .PHONY: install
-install: build ## install programs, manual pages and units below PREFIX
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/man/man8
+install: build ## install programs below PREFIX
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/sbin
 	install -m 755 bin/dstm $(DESTDIR)$(PREFIX)/bin/
 	install -m 755 bin/leasesvc bin/tepd bin/dstmd $(DESTDIR)$(PREFIX)/sbin/
 	install -m 755 bin/coredns $(DESTDIR)$(PREFIX)/sbin/dstm-coredns
-	install -m 644 man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1/
-	install -m 644 man/*.8 $(DESTDIR)$(PREFIX)/share/man/man8/
 
 .PHONY: gen
 gen: ## regenerate protobuf and BPF code
@@ -55,17 +52,10 @@ test: check ## all tests, privileged ones included (needs root)
 fuzz: ## every fuzz target for FUZZTIME each
 	hack/fuzz $(FUZZTIME)
 
-.PHONY: lab
-lab: build ## build the whole system, run it in network namespaces and show it working (needs root)
-	hack/deps lab
-	bin/dstm lab down lab/$(LAB)/$(LAB).clab.yml
-	bin/dstm lab run lab/$(LAB)/$(LAB).clab.yml
-
 .PHONY: bench
-bench: build ## measure and print, each figure with its command (needs root)
-	hack/deps bench
-	hack/bench
+bench: ## measure durable leases over TLS and bbolt
+	$(GO) test ./leasesvc -run '^$$' -bench Bind -benchtime 3s
 
 .PHONY: clean
 clean: ## remove what the build made
-	rm -rf bin .dstm-lab
+	rm -rf bin
