@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"slices"
+
+	"github.com/dstm-project/dstm/dataplane/packet"
 )
 
 // Cause says what a packet without a lease is, as the label of dstm_triggers_total.
@@ -54,11 +56,9 @@ func classes() []struct {
 	}
 }
 
-const ipv4HeaderLen = 20
-
-// classify says what the packet is to a host without a lease. own are the IPv4 prefixes of the host's interfaces.
-func classify(packet []byte, placeholder netip.Prefix, own []netip.Prefix) Cause {
-	src, dst, ok := addresses(packet)
+// classify says what the packet b is to a host without a lease. own are the IPv4 prefixes of the host's interfaces.
+func classify(b []byte, placeholder netip.Prefix, own []netip.Prefix) Cause {
+	src, dst, ok := addresses(b)
 	switch {
 	case !ok:
 		return CauseMalformed
@@ -87,16 +87,10 @@ func destination(dst netip.Addr, own []netip.Prefix) Cause {
 	return CausePacket
 }
 
-// addresses returns source and destination of a whole IPv4 packet (RFC 791 section 3.1).
+// addresses returns source and destination of a whole IPv4 packet.
 func addresses(b []byte) (src, dst netip.Addr, ok bool) {
-	if len(b) < ipv4HeaderLen || b[0]>>4 != 4 {
-		return src, dst, false
-	}
-	head, total := int(b[0]&0xf)*4, int(binary.BigEndian.Uint16(b[2:]))
-	if head < ipv4HeaderLen || total < head || total > len(b) {
-		return src, dst, false
-	}
-	return netip.AddrFrom4([4]byte(b[12:])), netip.AddrFrom4([4]byte(b[16:])), true
+	h, _, err := packet.ParseIPv4(b)
+	return h.Src, h.Dst, err == nil
 }
 
 // last returns the last address of an IPv4 prefix.

@@ -1,9 +1,10 @@
 package hostd
 
 import (
-	"encoding/binary"
 	"net/netip"
 	"testing"
+
+	"github.com/dstm-project/dstm/dataplane/packet"
 )
 
 var (
@@ -12,13 +13,8 @@ var (
 )
 
 func ipv4(src, dst string) []byte {
-	b := make([]byte, 28)
-	b[0] = 0x45
-	binary.BigEndian.PutUint16(b[2:], uint16(len(b)))
-	s, d := netip.MustParseAddr(src).As4(), netip.MustParseAddr(dst).As4()
-	copy(b[12:], s[:])
-	copy(b[16:], d[:])
-	return b
+	h := packet.IPv4{TTL: 64, Protocol: packet.ProtoUDP, Src: netip.MustParseAddr(src), Dst: netip.MustParseAddr(dst)}
+	return h.Packet(make([]byte, 8))
 }
 
 func TestClassify(t *testing.T) {

@@ -59,13 +59,3 @@ func TestKernelCheck(t *testing.T) {
 		}
 	}
 }
-
-// TestChecksum compares with the example of RFC 1071 section 3.
-func TestChecksum(t *testing.T) {
-	if got := checksum([]byte{0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7}); got != ^uint16(0xddf2) {
-		t.Errorf("checksum %#04x, want %#04x", got, ^uint16(0xddf2))
-	}
-	if got := checksum([]byte{0xff}); got != 0x00ff {
-		t.Errorf("checksum of an odd byte %#04x, want 0x00ff", got)
-	}
-}

@@ -8,6 +8,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/dstm-project/dstm/dataplane/packet"
 )
 
 // alias marks a device as ours.
@@ -106,26 +108,11 @@ func readPacket(f *os.File, buf []byte) (pkt []byte, ok bool, err error) {
 			return nil, false, nil
 		}
 		// The field holds the sum of the pseudo header already.
-		sum := checksum(pkt[start:])
+		sum := packet.Checksum(pkt[start:])
 		if sum == 0 {
 			sum = 0xffff // 0 means none in UDP (RFC 768)
 		}
 		binary.BigEndian.PutUint16(pkt[start+offset:], sum)
 	}
 	return pkt, true, nil
-}
-
-// checksum is the Internet checksum (RFC 1071).
-func checksum(b []byte) uint16 {
-	var sum uint32
-	for ; len(b) >= 2; b = b[2:] {
-		sum += uint32(b[0])<<8 | uint32(b[1])
-	}
-	if len(b) == 1 {
-		sum += uint32(b[0]) << 8
-	}
-	for sum>>16 != 0 {
-		sum = sum&0xffff + sum>>16
-	}
-	return ^uint16(sum)
 }
