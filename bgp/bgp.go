@@ -4,6 +4,7 @@ package bgp
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"time"
 )
@@ -89,6 +90,10 @@ const (
 	Drain    CloseMode = 3 // GRACEFUL_SHUTDOWN (RFC 8326), wait, withdraw, exit
 )
 
+// ErrRestart means that a Configure asks for what a running speaker cannot change, such as its autonomous system: close it
+// and start another.
+var ErrRestart = errors.New("the speaker must be started anew for this")
+
 // Speaker announces routes. Every call must return within its context's deadline. Set is idempotent; the first Set
 // opens the sessions, so that with graceful restart every path stands before the first OPEN.
 type Speaker interface {
@@ -96,4 +101,10 @@ type Speaker interface {
 	Set(ctx context.Context, s RouteSet) (Advertised, error)
 	Status(ctx context.Context) (Status, error)
 	Close(ctx context.Context, mode CloseMode) error
+}
+
+// Remote is a speaker in another process. It counts itself as an orphan when it hears nothing for Config.Orphan.
+type Remote interface {
+	Speaker
+	Beat(ctx context.Context) error
 }

@@ -2,6 +2,7 @@ package tepd
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"reflect"
 	"strings"
@@ -13,14 +14,7 @@ import (
 // Speakers starts the speaker process, or takes over the one that a former tepd started.
 type Speakers interface {
 	// Attach returns the speaker. reattached: it ran before us and may announce routes.
-	Attach(ctx context.Context) (s Speaker, reattached bool, err error)
-}
-
-// Speaker is a running speaker process.
-type Speaker interface {
-	bgp.Speaker
-	// Beat tells it that tepd lives.
-	Beat(ctx context.Context) error
+	Attach(ctx context.Context) (s bgp.Remote, reattached bool, err error)
 }
 
 const (
@@ -57,7 +51,7 @@ type announcer struct {
 	conf    bgp.Config
 	begun   time.Duration
 	everUp  bool
-	sp      Speaker
+	sp      bgp.Remote
 	retryAt time.Duration
 	beatAt  time.Duration
 	version uint64
@@ -123,7 +117,14 @@ func (a *announcer) attach(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("status: %w", err)
 	}
-	if err := sp.Configure(ctx, a.conf); err != nil {
+	if err := sp.Configure(ctx, a.conf); errors.Is(err, bgp.ErrRestart) {
+		a.g.Log.Warn("bgp speaker starts anew for the changed configuration", "reason", err)
+		if err := sp.Close(ctx, bgp.Withdraw); err != nil {
+			a.g.Log.Warn("bgp speaker not closed", "err", err)
+		}
+		a.retryAt = 0
+		return a.attach(ctx)
+	} else if err != nil {
 		return fmt.Errorf("configure: %w", err)
 	}
 	a.sp, a.version, a.sent, a.until = sp, st.Version, st.Routes, 0

@@ -15,7 +15,7 @@ import (
 // goes on after a failure and returns all of them. With a running tepd it refuses.
 //
 // running returns the speaker that still runs, nil when there is none.
-func Cleanup(ctx context.Context, cfg *Config, d Deps, running func(context.Context) (Speaker, error)) error {
+func Cleanup(ctx context.Context, cfg *Config, d Deps, running func(context.Context) (bgp.Remote, error)) error {
 	unlock, err := lock(cfg.Paths)
 	if err != nil {
 		return err

@@ -158,8 +158,8 @@ func (p Paths) statePath(name string) string { return filepath.Join(p.Run, name)
 // NetState is the file in which netcfg keeps what tepd put into the kernel.
 func (p Paths) NetState() string { return p.statePath("tepd.net.json") }
 
-// digest decodes the speaker's digest.
-func (s SpeakerConfig) digest() ([]byte, error) {
+// Digest decodes the digest of the program.
+func (s SpeakerConfig) Digest() ([]byte, error) {
 	b, err := hex.DecodeString(s.SHA256)
 	if err != nil || len(b) != 32 {
 		return nil, fmt.Errorf("sha256 %q: want 64 hexadecimal digits, as sha256sum prints them", s.SHA256)

@@ -5,10 +5,9 @@ import (
 	"math"
 	"net/netip"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
 
+	"github.com/dstm-project/dstm/bgp"
 	"github.com/dstm-project/dstm/internal/config"
 	"github.com/dstm-project/dstm/internal/daemon"
 )
@@ -109,7 +108,7 @@ func checkBGP(c *Config, r *config.Report) {
 			r.Errorf(fmt.Sprintf("$.bgp.allow_advertise[%d]", i), "prefix %s has host bits set: want %s", p, p.Masked())
 		}
 	}
-	if tep := hostPrefix(c.Tunnel.Address); b.Announce.TEP && isIPv6(c.Tunnel.Address) && !covered(tep, b.AllowAdvertise) {
+	if tep := hostPrefix(c.Tunnel.Address); b.Announce.TEP && isIPv6(c.Tunnel.Address) && !bgp.Covered(tep, b.AllowAdvertise) {
 		r.Errorf("$.bgp.allow_advertise", "tunnel address %s is outside of allow_advertise: add it, or set announce.tep to false", tep)
 	}
 	if len(b.Peers) == 0 {
@@ -146,8 +145,8 @@ func checkAnnounce(a *Announce, r *config.Report) {
 		r.Errorf("$.bgp.announce.max_host_routes", "max_host_routes %d: want 1 to 1000000", a.MaxHostRoutes)
 	}
 	for i, c := range a.Community {
-		if !community(c) {
-			r.Errorf(fmt.Sprintf("$.bgp.announce.community[%d]", i), "community %q: want two numbers up to 65535 such as \"64512:1\"", c)
+		if _, err := bgp.ParseCommunity(c); err != nil {
+			r.Errorf(fmt.Sprintf("$.bgp.announce.community[%d]", i), "%v", err)
 		}
 	}
 }
@@ -162,7 +161,7 @@ func checkSpeaker(s *SpeakerConfig, r *config.Report) {
 	case s.Path != "" && !filepath.IsAbs(s.Path):
 		r.Errorf("$.bgp.speaker.path", "path %q: want an absolute path", s.Path)
 	case s.Path != "":
-		if _, err := s.digest(); err != nil {
+		if _, err := s.Digest(); err != nil {
 			r.Errorf("$.bgp.speaker.sha256", "%v", err)
 		}
 	}
@@ -187,17 +186,6 @@ func checkHealth(h *HealthConfig, r *config.Report) {
 	if !h.Exit.Is4() {
 		r.Errorf("$.health.exit", "exit %s: want an IPv4 address", show(h.Exit))
 	}
-}
-
-// community reports whether s is of the form "asn:value" (RFC 1997).
-func community(s string) bool {
-	a, b, ok := strings.Cut(s, ":")
-	if !ok {
-		return false
-	}
-	_, errA := strconv.ParseUint(a, 10, 16)
-	_, errB := strconv.ParseUint(b, 10, 16)
-	return errA == nil && errB == nil
 }
 
 func isIPv6(a netip.Addr) bool { return a.Is6() && !a.Is4In6() }

@@ -117,7 +117,7 @@ func desiredRoutes(c *Config, pools []lease.Pool, addrs []netip.Addr, leases int
 		a.routes = append(a.routes, bgp.Route{Prefix: p, Communities: c.BGP.Announce.Community})
 	}
 	if tep := hostPrefix(c.Tunnel.Address); c.BGP.Announce.TEP {
-		if covered(tep, allow) {
+		if bgp.Covered(tep, allow) {
 			a.routes = append(a.routes, bgp.Route{Prefix: tep, Communities: c.BGP.Announce.Community})
 		} else {
 			a.refused = append(a.refused, bgp.Refused{Prefix: tep, Reason: fmt.Sprintf(
@@ -131,7 +131,7 @@ func desiredRoutes(c *Config, pools []lease.Pool, addrs []netip.Addr, leases int
 func hostRoutes(allowed []netip.Prefix, addrs []netip.Addr) []netip.Prefix {
 	var out []netip.Prefix
 	for _, a := range addrs {
-		if p := hostPrefix(a); covered(p, allowed) {
+		if p := hostPrefix(a); bgp.Covered(p, allowed) {
 			out = append(out, p)
 		}
 	}
@@ -140,7 +140,7 @@ func hostRoutes(allowed []netip.Prefix, addrs []netip.Addr) []netip.Prefix {
 
 // intersect returns the parts of p that allow has: p itself, or what of it is listed.
 func intersect(p netip.Prefix, allow []netip.Prefix) []netip.Prefix {
-	if covered(p, allow) {
+	if bgp.Covered(p, allow) {
 		return []netip.Prefix{p}
 	}
 	var out []netip.Prefix
@@ -150,11 +150,4 @@ func intersect(p netip.Prefix, allow []netip.Prefix) []netip.Prefix {
 		}
 	}
 	return out
-}
-
-// covered reports whether p lies inside of one prefix of allow.
-func covered(p netip.Prefix, allow []netip.Prefix) bool {
-	return slices.ContainsFunc(allow, func(a netip.Prefix) bool {
-		return a.Bits() <= p.Bits() && a.Contains(p.Addr())
-	})
 }

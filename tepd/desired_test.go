@@ -111,7 +111,7 @@ func TestDesiredRoutes(t *testing.T) {
 			var names []string
 			for _, r := range got.routes {
 				names = append(names, r.Prefix.String())
-				if !covered(r.Prefix, cfg.BGP.AllowAdvertise) {
+				if !bgp.Covered(r.Prefix, cfg.BGP.AllowAdvertise) {
 					t.Errorf("%s is outside of allow_advertise", r.Prefix)
 				}
 			}
@@ -158,7 +158,7 @@ func FuzzRoutesStayInside(f *testing.F) {
 			c.BGP.Announce.Pool = mode
 			a := desiredRoutes(&c, []lease.Pool{{Name: "p", Prefix: p, TEP: tepAddr}}, []netip.Addr{netip.AddrFrom4([4]byte(leased))}, 1)
 			for _, r := range a.routes {
-				if !covered(r.Prefix, c.BGP.AllowAdvertise) {
+				if !bgp.Covered(r.Prefix, c.BGP.AllowAdvertise) {
 					t.Errorf("%s announced for pool %s", r.Prefix, p)
 				}
 			}

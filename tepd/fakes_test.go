@@ -294,7 +294,7 @@ type fakeSpeaker struct {
 	dead   bool
 }
 
-func (s *fakeSpeaker) Attach(context.Context) (Speaker, bool, error) {
+func (s *fakeSpeaker) Attach(context.Context) (bgp.Remote, bool, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.dead = false

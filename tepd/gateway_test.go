@@ -398,7 +398,7 @@ func TestCleanup(t *testing.T) {
 		w.sync(w.stream(), 1, time.Hour)
 		w.end()
 		w.speaker.log = nil
-		running := func(context.Context) (Speaker, error) { return w.speaker, nil }
+		running := func(context.Context) (bgp.Remote, error) { return w.speaker, nil }
 		if err := Cleanup(t.Context(), w.cfg, w.g.Deps, running); err != nil {
 			t.Fatal(err)
 		}

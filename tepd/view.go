@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"sync"
 
+	"github.com/dstm-project/dstm/bgp"
 	"github.com/dstm-project/dstm/lease"
 	"github.com/dstm-project/dstm/lease/replica"
 )
@@ -27,7 +28,7 @@ type state struct {
 	why        string // the failure of the last self-test
 	routes     routesView
 	notes      []string // why less is announced than there is
-	speaker    Speaker
+	speaker    bgp.Remote
 	speakerErr string
 }
 
@@ -72,6 +73,6 @@ func (v *view) setRoutes(r routesView) { v.with(func(s *state) { s.routes = r })
 
 func (v *view) setNotes(n []string) { v.with(func(s *state) { s.notes = n }) }
 
-func (v *view) setSpeaker(sp Speaker, problem string) {
+func (v *view) setSpeaker(sp bgp.Remote, problem string) {
 	v.with(func(s *state) { s.speaker, s.speakerErr = sp, problem })
 }

@@ -13,6 +13,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/dstm-project/dstm/bgp"
+	"github.com/dstm-project/dstm/bgp/gobgp"
+	"github.com/dstm-project/dstm/bgp/speaker"
 	"github.com/dstm-project/dstm/dataplane/tc"
 	"github.com/dstm-project/dstm/internal/daemon"
 	"github.com/dstm-project/dstm/internal/netcfg"
@@ -26,6 +29,9 @@ func main() {
 }
 
 func run(ctx context.Context, args []string, out, errOut io.Writer) error {
+	if len(args) == 1 && args[0] == speakerCommand {
+		return speak()
+	}
 	fs := flag.NewFlagSet("tepd", flag.ContinueOnError)
 	fs.SetOutput(errOut)
 	file := fs.String("c", "/etc/dstm/tepd.yaml", "configuration `file`")
@@ -71,10 +77,42 @@ func start(ctx context.Context, cfg *tepd.Config, clean bool, errOut io.Writer) 
 		return daemon.Missing(err)
 	}
 	d := tepd.Deps{Path: path, Kernel: kernel, Now: bootTime, Log: log}
+	speakers, err := speakerProcess(cfg, log)
+	if err != nil {
+		return err
+	}
 	if clean {
-		return tepd.Cleanup(ctx, cfg, d, nil)
+		return tepd.Cleanup(ctx, cfg, d, speakers.Running)
+	}
+	if cfg.BGP.Enabled() {
+		d.Speakers = speakers
 	}
 	return serve(ctx, cfg, d)
+}
+
+// speakerCommand is the argument with which tepd starts itself as its own BGP speaker.
+const speakerCommand = "speaker"
+
+func speak() error {
+	err := speaker.Serve(func(log *slog.Logger) bgp.Speaker { return gobgp.New(log) })
+	if errors.Is(err, speaker.ErrByHand) {
+		return daemon.Usage(err)
+	}
+	return err
+}
+
+// speakerProcess says which program speaks BGP: this one, or the configured one.
+func speakerProcess(cfg *tepd.Config, log *slog.Logger) (*speaker.Process, error) {
+	p := &speaker.Process{Dir: cfg.Paths.Run, Log: log}
+	if s := cfg.BGP.Speaker; s.Path != "" {
+		var err error
+		p.Program = s.Path
+		p.SHA256, err = s.Digest()
+		return p, err
+	}
+	self, err := os.Executable()
+	p.Program, p.Args = self, []string{speakerCommand}
+	return p, err
 }
 
 // serve runs the gateway until a signal ends it.

@@ -66,7 +66,7 @@ var libraries = []string{"plugin/dstm", "leasesvc", "tepd", "hostd"}
 
 // adapters are constructed in cmd and handed in.
 var adapters = []string{
-	"bgp/gobgp", "dataplane/tc", "leasesvc/store/boltstore", "internal/acme", "internal/plugproc",
+	"bgp/gobgp", "bgp/speaker", "dataplane/tc", "leasesvc/store/boltstore", "internal/acme", "internal/plugproc",
 }
 
 // stdlibOnly packages import nothing but the standard library and each other.
