@@ -49,6 +49,7 @@ type Router struct {
 	t     *testing.T
 	index int
 	sock  string
+	moves string // file with what "ip monitor route" says
 	// Peer is how the speaker is to see it.
 	Peer bgp.Peer
 }
@@ -69,19 +70,18 @@ func (r *Router) addr(host int) netip.Addr {
 	return netip.MustParseAddr(fmt.Sprintf("2001:db8:3:%d::%d", r.index, host))
 }
 
-// ASN is the speaker's autonomous system in this suite; the routers have RouterASN.
-const (
-	ASN       = 64512
-	RouterASN = 64513
-)
+// ASN is the speaker's autonomous system in this suite. Each router has its own, so that no loop detection hides a transit.
+const ASN = 64512
+
+func (r *Router) asn() uint32 { return ASN + uint32(r.index) }
 
 // NewRouter starts the router number index (1 or higher) in a namespace of its own, linked to ours.
 func NewRouter(t *testing.T, index int, o RouterOptions) *Router {
 	t.Helper()
 	dir := t.TempDir()
-	r := &Router{t: t, index: index, sock: filepath.Join(dir, "bird.ctl")}
+	r := &Router{t: t, index: index, sock: filepath.Join(dir, "bird.ctl"), moves: filepath.Join(dir, "moves")}
 	r.Peer = bgp.Peer{
-		Address: r.addr(1), ASN: RouterASN, HoldTime: 9 * time.Second, Password: o.Password,
+		Address: r.addr(1), ASN: r.asn(), HoldTime: 9 * time.Second, Password: o.Password,
 		GracefulRestart: o.GracefulRestart,
 	}
 	if o.GracefulRestart {
@@ -96,6 +96,8 @@ log stderr all;
 protocol device { scan time 1; }
 # What a router must never get back from a gateway, nor through it from another router.
 protocol static noise { ipv4; route 192.0.2.%[1]d/32 blackhole; }
+protocol kernel { ipv4 { export where proto = "tep"; }; }
+protocol kernel { ipv6 { export where proto = "tep"; }; }
 protocol bgp tep {
 	local %[2]s as %[3]d;
 	neighbor %[4]s as %[5]d;
@@ -103,7 +105,7 @@ protocol bgp tep {
 	ipv4 { import all; export all; extended next hop on; };
 	ipv6 { import all; export all; };
 }
-`, index, r.addr(1), RouterASN, r.addr(2), ASN, extra)
+`, index, r.addr(1), r.asn(), r.addr(2), ASN, extra)
 	file := filepath.Join(dir, "bird.conf")
 	if err := os.WriteFile(file, []byte(conf), 0o600); err != nil {
 		t.Fatal(err)
@@ -130,26 +132,51 @@ func (r *Router) start(conf, dir string) {
 	must(t, append(in, "ip", "link", "set", "lo", "up")...)
 	must(t, append(in, "ip", "link", "set", "eth1", "up")...)
 	must(t, append(in, "ip", "addr", "add", r.addr(1).String()+"/64", "dev", "eth1", "nodad")...)
-	log, err := os.Create(filepath.Join(dir, "bird.log"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer log.Close()
-	bird := exec.Command(in[0], append(in[1:], "bird", "-f", "-c", conf, "-s", r.sock)...)
-	bird.Stdout, bird.Stderr = log, log
-	bird.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
-	if err := bird.Start(); err != nil {
-		t.Fatal(err)
-	}
+	background(t, r.moves, append(in, "ip", "monitor", "route")...)
+	log := filepath.Join(dir, "bird.log")
 	t.Cleanup(func() {
-		_ = bird.Process.Kill()
-		_ = bird.Wait()
 		if t.Failed() {
-			b, _ := os.ReadFile(log.Name())
+			b, _ := os.ReadFile(log)
 			t.Logf("router %d:\n%s", r.index, b)
 		}
 	})
+	background(t, log, append(in, "bird", "-f", "-c", conf, "-s", r.sock)...)
 	r.Eventually("answers", func() error { _, err := r.birdc("show", "status"); return err })
+}
+
+// background runs a program until the test ends, with its output in a file.
+func background(t *testing.T, file string, args ...string) {
+	t.Helper()
+	out, err := os.Create(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	c := exec.Command(args[0], args[1:]...)
+	c.Stdout, c.Stderr = out, out
+	c.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+}
+
+// Moves returns how often the kernel of the router was told to add or replace a route, and to delete it.
+func (r *Router) Moves(prefix string) (set, deleted int) {
+	r.t.Helper()
+	b, err := os.ReadFile(r.moves)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		switch {
+		case strings.HasPrefix(line, "Deleted "+prefix+" "):
+			deleted++
+		case strings.HasPrefix(line, prefix+" "):
+			set++
+		}
+	}
+	return set, deleted
 }
 
 func (r *Router) birdc(args ...string) (string, error) {

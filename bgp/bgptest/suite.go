@@ -215,7 +215,7 @@ func (s *suite) status(t *testing.T) {
 	}
 	for i, r := range []*Router{s.a, s.b} {
 		p := st.Peers[i]
-		if p.Address != r.Peer.Address || p.ASN != RouterASN || p.State != "ESTABLISHED" || p.Advertised != 2 || p.Since.IsZero() {
+		if p.Address != r.Peer.Address || p.ASN != r.Peer.ASN || p.State != "ESTABLISHED" || p.Advertised != 2 || p.Since.IsZero() {
 			t.Errorf("peer %d: %+v", i, p)
 		}
 	}

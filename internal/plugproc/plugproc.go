@@ -25,6 +25,7 @@ import (
 	"github.com/hashicorp/go-plugin"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 )
 
 // Errors that a caller tells apart.
@@ -36,8 +37,9 @@ var (
 )
 
 const (
-	startTimeout = 10 * time.Second // from exec to the handshake
-	endTimeout   = 5 * time.Second  // from SIGKILL to the end
+	startTimeout  = 10 * time.Second // from exec to the handshake
+	endTimeout    = 5 * time.Second  // from SIGKILL to the end
+	answerTimeout = 3 * time.Second  // of a local socket
 )
 
 // Kind is what both sides must agree on. The cookie only tells people who start a plugin by hand what it is.
@@ -186,7 +188,11 @@ func (c *Config) newClient(cc *plugin.ClientConfig) *plugin.Client {
 	cc.Plugins = plugin.PluginSet{c.Name: &service{}}
 	cc.AllowedProtocols = []plugin.Protocol{plugin.ProtocolGRPC}
 	cc.Logger = hclog.NewNullLogger() // what matters comes back as an error
-	cc.GRPCDialOptions = []grpc.DialOption{grpc.WithTransportCredentials(sameUser{})}
+	cc.GRPCDialOptions = []grpc.DialOption{
+		grpc.WithTransportCredentials(sameUser{}),
+		// go-plugin's first call has no deadline of its own: this bounds it when the process hangs.
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: answerTimeout}),
+	}
 	return plugin.NewClient(cc)
 }
 
