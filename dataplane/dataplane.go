@@ -86,8 +86,8 @@ type Counters struct {
 
 // Direction counts one direction.
 type Direction struct {
-	Rx, RxBytes uint64
-	Tx, TxBytes uint64
+	Rx, RxBytes uint64 // packets as they come, from a tunnel with their outer headers
+	Tx, TxBytes uint64 // IPv4 packets, into a tunnel without the outer header
 	Consumed    uint64 // handed to the kernel or to Go on purpose
 	Drops       map[DropReason]uint64
 }

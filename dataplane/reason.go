@@ -35,7 +35,7 @@ var reasons = [maxReasons]struct{ name, explain string }{
 	DropInnerAddress:     {"inner_address", "the inner source or destination is none that may go through a tunnel"},
 	DropECN:              {"ecn", "congestion was marked outside on a packet that is not ECN-capable inside (RFC 6040)"},
 	DropHairpin:          {"hairpin", "from one host to another through this gateway, which is switched off or out of hops"},
-	DropTooBig:           {"too_big", "larger than the tunnel MTU of the host"},
+	DropTooBig:           {"too_big", "larger than what fits through the tunnel"},
 	DropNoRoute:          {"no_route", "no IPv6 route to the other end of the tunnel"},
 	DropNotIPv4:          {"not_ipv4", "only IPv4 goes through the tunnel"},
 	DropOption:           {"option", "an IPv6 destination option that must not be ignored (RFC 8200 section 4.2)"},

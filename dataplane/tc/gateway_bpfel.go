@@ -87,7 +87,8 @@ type gatewayMapSpecs struct {
 // gatewayVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
-type gatewayVariableSpecs struct{}
+type gatewayVariableSpecs struct {
+}
 
 // gatewayObjects contains all objects after they have been loaded into the kernel.
 //
@@ -129,7 +130,8 @@ func (m *gatewayMaps) Close() error {
 // gatewayVariables contains all global variables after they have been loaded into the kernel.
 //
 // It can be passed to loadGatewayObjects or ebpf.CollectionSpec.LoadAndAssign.
-type gatewayVariables struct{}
+type gatewayVariables struct {
+}
 
 // gatewayPrograms contains all programs after they have been loaded into the kernel.
 //

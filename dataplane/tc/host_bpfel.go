@@ -89,7 +89,8 @@ type hostMapSpecs struct {
 // hostVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
-type hostVariableSpecs struct{}
+type hostVariableSpecs struct {
+}
 
 // hostObjects contains all objects after they have been loaded into the kernel.
 //
@@ -133,7 +134,8 @@ func (m *hostMaps) Close() error {
 // hostVariables contains all global variables after they have been loaded into the kernel.
 //
 // It can be passed to loadHostObjects or ebpf.CollectionSpec.LoadAndAssign.
-type hostVariables struct{}
+type hostVariables struct {
+}
 
 // hostPrograms contains all programs after they have been loaded into the kernel.
 //

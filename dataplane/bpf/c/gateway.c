@@ -25,13 +25,13 @@ static __always_inline struct binding *find(__be32 addr)
 
 /* hairpin sends a packet from one host straight to another: the outer header is rewritten in place, because a packet
  * that was decapsulated keeps tunnel state and cannot be encapsulated again. */
-static __always_inline int hairpin(struct __sk_buff *skb, struct counters *c, const struct config *cfg, __u32 l2, int len, struct iphdr *ip, const struct binding *to)
+static __always_inline int hairpin(struct __sk_buff *skb, struct counters *c, const struct config *cfg, __u32 l2, int len, struct iphdr *ip, __u32 bytes, const struct binding *to)
 {
 	struct in6_addr src = to->tep, dst = to->host;
 	__u8 ttl = ip->ttl, hops = cfg->hop_limit;
-	__be16 old, new;
+	__be16 old, new, proto = bpf_htons(ETH_P_IPV6);
 
-	if (!(cfg->flags & FLAG_HAIRPIN) || ttl <= 1 || l2 != ETH_HLEN)
+	if (!(cfg->flags & FLAG_HAIRPIN) || ttl <= 1)
 		return drop(c, DROP_HAIRPIN);
 	old = bpf_htons(ttl << 8 | ip->protocol);
 	ttl--;
@@ -42,7 +42,9 @@ static __always_inline int hairpin(struct __sk_buff *skb, struct counters *c, co
 	    bpf_skb_store_bytes(skb, l2 + 8, &src, sizeof(src), 0) ||
 	    bpf_skb_store_bytes(skb, l2 + 24, &dst, sizeof(dst), 0))
 		return drop(c, DROP_INTERNAL);
-	return output(skb, c, cfg->device, &src, &dst, skb->len - l2 - len);
+	if (!l2 && (bpf_skb_change_head(skb, ETH_HLEN, 0) || bpf_skb_store_bytes(skb, 12, &proto, 2, 0)))
+		return drop(c, DROP_INTERNAL); /* output wants a link header */
+	return output(skb, c, cfg->device, &src, &dst, bytes);
 }
 
 static __always_inline int uplink(struct __sk_buff *skb, __u32 l2)
@@ -75,10 +77,8 @@ static __always_inline int uplink(struct __sk_buff *skb, __u32 l2)
 	}
 	if (len < 0)
 		return drop(c, -len);
-	if (bpf_skb_load_bytes(skb, l2 + len, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
-		return drop(c, DROP_MALFORMED);
-	bytes = skb->len - l2 - len;
-	if (!skb->gso_segs && (bpf_ntohs(ip.tot_len) > bytes || bpf_ntohs(ip.tot_len) < ip.ihl * 4))
+	bytes = room(skb, l2, len, &o);
+	if (!inner(skb, l2 + len, bytes, &ip))
 		return drop(c, DROP_MALFORMED);
 	if (expired())
 		return drop(c, DROP_SESSION_EXPIRED);
@@ -96,7 +96,7 @@ static __always_inline int uplink(struct __sk_buff *skb, __u32 l2)
 		b->last_seen = now;
 	to = find(ip.daddr);
 	if (to)
-		return hairpin(skb, c, cfg, l2, len, &ip, to);
+		return hairpin(skb, c, cfg, l2, len, &ip, bytes, to);
 	why = decap(skb, l2, len, &o, &ip);
 	if (why)
 		return drop(c, why);
@@ -123,7 +123,7 @@ SEC("tcx/egress") int gateway_device(struct __sk_buff *skb)
 	c->rx_bytes += skb->len;
 	if (skb->protocol != bpf_htons(ETH_P_IP))
 		return drop(c, DROP_NOT_IPV4);
-	if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
+	if (!inner(skb, 0, skb->len, &ip))
 		return drop(c, DROP_MALFORMED);
 	if (expired())
 		return drop(c, DROP_SESSION_EXPIRED);
@@ -132,7 +132,7 @@ SEC("tcx/egress") int gateway_device(struct __sk_buff *skb)
 		return drop(c, DROP_NO_BINDING);
 	if (martian(ip.saddr))
 		return drop(c, DROP_INNER_ADDRESS);
-	if (b->mtu && !skb->gso_segs && skb->len > b->mtu)
+	if (b->mtu && !skb->gso_size && skb->len > b->mtu)
 		return drop(c, DROP_TOO_BIG);
 	src = b->tep;
 	dst = b->host;

@@ -100,7 +100,7 @@ SEC("tcx/egress") int host_device(struct __sk_buff *skb)
 	c->rx_bytes += skb->len;
 	if (skb->protocol != bpf_htons(ETH_P_IP))
 		return drop(c, DROP_NOT_IPV4);
-	if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
+	if (!inner(skb, 0, skb->len, &ip))
 		return drop(c, DROP_MALFORMED);
 	if (!l->addr || expired()) { /* the reader of the TUN asks for a lease */
 		c->consumed++;
@@ -152,10 +152,8 @@ static __always_inline int uplink(struct __sk_buff *skb, __u32 l2)
 		return drop(c, -len);
 	if (!same6(&l->tep, &o.saddr))
 		return drop(c, DROP_OUTER_SOURCE);
-	if (bpf_skb_load_bytes(skb, l2 + len, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
-		return drop(c, DROP_MALFORMED);
-	bytes = skb->len - l2 - len;
-	if (!skb->gso_segs && (bpf_ntohs(ip.tot_len) > bytes || bpf_ntohs(ip.tot_len) < ip.ihl * 4))
+	bytes = room(skb, l2, len, &o);
+	if (!inner(skb, l2 + len, bytes, &ip))
 		return drop(c, DROP_MALFORMED);
 	if (expired())
 		return drop(c, DROP_SESSION_EXPIRED);

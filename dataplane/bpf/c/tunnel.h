@@ -29,6 +29,29 @@ static __always_inline int strip(struct __sk_buff *skb, __u32 l2, const struct i
 	return -DROP_OPTION;
 }
 
+/* room returns how many bytes the outer header leaves to the inner packet behind the first `len`, 0 when the outer packet
+ * is cut short. What stands in the frame behind the payload is nobody's. The lengths of a super-packet are written by
+ * segmentation. */
+static __always_inline __u32 room(struct __sk_buff *skb, __u32 l2, __u32 len, const struct ipv6hdr *o)
+{
+	__u32 end = OUTER + bpf_ntohs(o->payload_len);
+
+	if (skb->gso_size)
+		end = skb->len - l2;
+	return end < len || end > skb->len - l2 ? 0 : end - len;
+}
+
+/* inner reads the IPv4 header at `at` and says whether a whole packet of it fits in `bytes` (RFC 791 section 3.1). */
+static __always_inline int inner(struct __sk_buff *skb, __u32 at, __u32 bytes, struct iphdr *ip)
+{
+	__u32 len;
+
+	if (bpf_skb_load_bytes(skb, at, ip, sizeof(*ip)) || ip->version != 4 || ip->ihl < 5)
+		return 0;
+	len = bpf_ntohs(ip->tot_len);
+	return skb->gso_size || (len >= ip->ihl * 4 && len <= bytes);
+}
+
 static __always_inline int set_tos(struct __sk_buff *skb, __u32 at, const struct iphdr *ip, __u8 tos)
 {
 	__be16 old = bpf_htons(0x4500 | ip->tos), new = bpf_htons(0x4500 | tos);
@@ -78,7 +101,8 @@ static __always_inline __u32 label(struct __sk_buff *skb, const struct iphdr *ip
 }
 
 /* output sends an IPv6 packet on the way that routing has for its destination. `device` is the interface in whose
- * forwarding context we ask. The link header must be there. Returns a verdict. */
+ * forwarding context we ask. The link header must be there; it does not count for the MTU, so that the length is given to
+ * the look-up. A super-packet was cut to fit by who made it. Returns a verdict. */
 static __always_inline int output(struct __sk_buff *skb, struct counters *c, __u32 device, const struct in6_addr *src, const struct in6_addr *dst, __u32 len)
 {
 	struct bpf_fib_lookup f = {};
@@ -86,9 +110,12 @@ static __always_inline int output(struct __sk_buff *skb, struct counters *c, __u
 
 	f.family = AF_INET6;
 	f.ifindex = device;
+	f.tot_len = skb->gso_size ? 0 : skb->len - ETH_HLEN;
 	__builtin_memcpy(f.ipv6_src, src, sizeof(*src));
 	__builtin_memcpy(f.ipv6_dst, dst, sizeof(*dst));
 	rc = bpf_fib_lookup(skb, &f, sizeof(f), BPF_FIB_LOOKUP_OUTPUT);
+	if (rc == BPF_FIB_LKUP_RET_FRAG_NEEDED)
+		return drop(c, DROP_TOO_BIG);
 	if (rc != BPF_FIB_LKUP_RET_SUCCESS && rc != BPF_FIB_LKUP_RET_NO_NEIGH)
 		return drop(c, DROP_NO_ROUTE);
 	c->tx++;
