@@ -84,7 +84,8 @@ func FuzzBuild(f *testing.F) {
 		if c := Checksum(inner[:ipv4HeaderLen]); c != 0 {
 			t.Errorf("IPv4 checksum is wrong by %#04x", c)
 		}
-		_, payload, err := ParseIPv6(IPv6{TrafficClass: tos, NextHeader: ProtoIPv4, HopLimit: ttl, Src: host6, Dst: tep6}.Packet(inner))
+		outer := IPv6{TrafficClass: tos, NextHeader: ProtoIPv4, HopLimit: ttl, Src: host6, Dst: tep6}
+		_, payload, err := ParseIPv6(outer.Packet(inner))
 		if err != nil {
 			t.Fatal(err)
 		}

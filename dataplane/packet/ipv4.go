@@ -32,8 +32,8 @@ type IPv4 struct {
 // ErrNotIPv4 is wrapped by the errors of ParseIPv4.
 var ErrNotIPv4 = errors.New("not a whole IPv4 packet")
 
-// ParseIPv4 reads the IPv4 packet at the start of b. What stands behind its total length is not part of the payload. The
-// header's checksum is not compared: packets come from the kernel, which may not have filled it in yet.
+// ParseIPv4 reads the IPv4 packet at the start of b. What stands behind its total length is not part of the payload.
+// The header's checksum is not compared: packets come from the kernel, which may not have filled it in yet.
 func ParseIPv4(b []byte) (IPv4, []byte, error) {
 	if len(b) < ipv4HeaderLen {
 		return IPv4{}, nil, fmt.Errorf("%w: %d bytes, want at least %d", ErrNotIPv4, len(b), ipv4HeaderLen)

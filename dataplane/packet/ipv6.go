@@ -21,7 +21,8 @@ type IPv6 struct {
 // ErrNotIPv6 is wrapped by the errors of ParseIPv6.
 var ErrNotIPv6 = errors.New("not a whole IPv6 packet")
 
-// ParseIPv6 reads the IPv6 packet at the start of b. The payload begins with the first extension header, if there is one.
+// ParseIPv6 reads the IPv6 packet at the start of b. The payload begins with the first extension header, if there is
+// one.
 func ParseIPv6(b []byte) (IPv6, []byte, error) {
 	if len(b) < ipv6HeaderLen {
 		return IPv6{}, nil, fmt.Errorf("%w: %d bytes, want at least %d", ErrNotIPv6, len(b), ipv6HeaderLen)
@@ -31,7 +32,7 @@ func ParseIPv6(b []byte) (IPv6, []byte, error) {
 	case first>>28 != 6:
 		return IPv6{}, nil, fmt.Errorf("%w: version %d", ErrNotIPv6, first>>28)
 	case end > len(b):
-		return IPv6{}, nil, fmt.Errorf("%w: payload length %d, want at most %d", ErrNotIPv6, end-ipv6HeaderLen, len(b)-ipv6HeaderLen)
+		return IPv6{}, nil, fmt.Errorf("%w: total length %d, want at most %d", ErrNotIPv6, end, len(b))
 	}
 	return IPv6{
 		TrafficClass: uint8(first >> 20), FlowLabel: first & 0xfffff, NextHeader: b[6], HopLimit: b[7],
@@ -39,8 +40,8 @@ func ParseIPv6(b []byte) (IPv6, []byte, error) {
 	}, b[ipv6HeaderLen:end:end], nil
 }
 
-// Packet returns the packet of the header and its payload. It panics if there can be no such packet: a flow label of more
-// than 20 bits, a payload of more than 65535 bytes.
+// Packet returns the packet of the header and its payload. It panics if there can be no such packet: a flow label of
+// more than 20 bits, a payload of more than 65535 bytes.
 func (h IPv6) Packet(payload []byte) []byte {
 	if h.FlowLabel > 0xfffff {
 		panic(fmt.Sprintf("packet: flow label %#x: want 20 bits", h.FlowLabel))

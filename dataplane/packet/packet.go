@@ -1,6 +1,6 @@
-// Package packet reads and writes the headers that DSTM meets: IPv4, IPv6, UDP and ICMP for IPv4. It is pure bytes: no
-// socket, no kernel, only the standard library. IPv4 in IPv6 (RFC 2473) is an IPv6 header with ProtoIPv4 whose payload is
-// an IPv4 packet.
+// Package packet reads and writes the headers that DSTM meets: IPv4, IPv6, UDP and ICMP for IPv4. It is pure bytes:
+// no socket, no kernel, only the standard library. IPv4 in IPv6 (RFC 2473) is an IPv6 header with ProtoIPv4 whose
+// payload is an IPv4 packet.
 package packet
 
 import "fmt"

@@ -15,8 +15,8 @@ const (
 // UDP is a UDP header (RFC 768) without length and checksum.
 type UDP struct{ SrcPort, DstPort uint16 }
 
-// Datagram returns the datagram for an IPv4 packet between src and dst, whose addresses its checksum covers. It panics if
-// there are more than 65535 bytes.
+// Datagram returns the datagram for an IPv4 packet between src and dst, whose addresses its checksum covers. It
+// panics if there are more than 65535 bytes.
 func (h UDP) Datagram(src, dst netip.Addr, payload []byte) []byte {
 	total := udpHeaderLen + len(payload)
 	checkLen("UDP datagram", total)

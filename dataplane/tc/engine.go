@@ -237,7 +237,8 @@ func tunnelMTU(uplinks []string, configured uint16) (int, error) {
 	return mtu, nil
 }
 
-// deviceUp brings the device up with its MTU. Its IPv6 forwarding flag is what lets the programs ask routing in its name.
+// deviceUp brings the device up with its MTU. Its IPv6 forwarding flag is what lets the programs ask routing in its
+// name.
 func (e *engine) deviceUp(uplinks []string, configured uint16) error {
 	mtu, err := tunnelMTU(uplinks, configured)
 	if err != nil {

@@ -18,8 +18,8 @@ const alias = "dstm"
 // vnetHeader is the length of struct virtio_net_hdr, which stands in front of every packet on the descriptor.
 const vnetHeader = 10
 
-// openTUN opens the device, making it if need be. A device of that name that is not ours is refused. Offloads are on, so
-// that super-packets reach the programs whole.
+// openTUN opens the device, making it if need be. A device of that name that is not ours is refused. Offloads are on,
+// so that super-packets reach the programs whole.
 func openTUN(name string, persistent bool) (*os.File, error) {
 	if len(name) >= unix.IFNAMSIZ {
 		return nil, fmt.Errorf("device name %q: want at most %d bytes", name, unix.IFNAMSIZ-1)
