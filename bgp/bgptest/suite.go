@@ -34,7 +34,7 @@ func Run(t *testing.T, open func(t *testing.T) bgp.Speaker) {
 	if !InNamespace(t) {
 		return
 	}
-	s := &suite{t: t, s: open(t), a: NewRouter(t, 1, RouterOptions{}), b: NewRouter(t, 2, RouterOptions{Password: "correct horse"})}
+	s := &suite{t: t, s: open(t), a: NewRouter(t, 1, RouterOptions{}), b: NewRouter(t, 2, RouterOptions{Password: "correct horse", GracefulRestart: true})}
 	s.conf = bgp.Config{
 		ASN: ASN, RouterID: netip.MustParseAddr("192.0.2.1"), Peers: []bgp.Peer{s.a.Peer, s.b.Peer},
 		Allow: []netip.Prefix{pool, anchor}, Orphan: time.Minute,

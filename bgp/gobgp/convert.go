@@ -15,9 +15,11 @@ import (
 // Timers of a session, in seconds. GoBGP's own defaults (120 and 30) leave a gateway unannounced for minutes after a short
 // outage of its router.
 const (
-	connectRetry   = 5
-	idleHold       = 5
-	deferRestarted = 3 // after a restart: how long to wait for the peers' End-of-RIB before announcing (RFC 4724 section 4.1)
+	connectRetry = 5
+	idleHold     = 5
+	// After a restart GoBGP announces when all peers have sent their End-of-RIB, or after this (RFC 4724 section 4.1). What
+	// peers send does not matter to us, so it is as short as can be.
+	deferRestarted = 1
 )
 
 var (
@@ -130,8 +132,25 @@ func (s *Speaker) peerState(p *api.Peer) bgp.PeerState {
 		return out
 	}
 	out.Since = times.GetUptime().AsTime()
-	for _, f := range p.GetAfiSafis() {
-		out.Advertised += f.GetState().GetAdvertised()
+	// GoBGP's own count has the End-of-RIB markers in it, and families that the peer does not speak.
+	for _, f := range negotiated(st.GetRemoteCap()) {
+		for prefix := range s.paths {
+			if prefix.Addr().Is4() == (f == api.Family_AFI_IP) {
+				out.Advertised++
+			}
+		}
+	}
+	return out
+}
+
+// negotiated returns the unicast families among the capabilities of a peer (RFC 4760).
+func negotiated(caps []*anypb.Any) []api.Family_Afi {
+	var out []api.Family_Afi
+	for _, c := range caps {
+		var mp api.MultiProtocolCapability
+		if c.MessageIs(&mp) && c.UnmarshalTo(&mp) == nil && mp.GetFamily().GetSafi() == api.Family_SAFI_UNICAST {
+			out = append(out, mp.GetFamily().GetAfi())
+		}
 	}
 	return out
 }

@@ -245,7 +245,7 @@ func (s *Speaker) Status(ctx context.Context) (bgp.Status, error) {
 			}
 			return nil
 		}
-		return s.srv.ListPeer(context.Background(), &api.ListPeerRequest{EnableAdvertised: true}, func(p *api.Peer) {
+		return s.srv.ListPeer(context.Background(), &api.ListPeerRequest{}, func(p *api.Peer) {
 			st.Peers = append(st.Peers, s.peerState(p))
 		})
 	})

@@ -320,8 +320,8 @@ func TestRestarts(t *testing.T) {
 		}
 		return nil
 	})
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-		lost() // after GoBGP's deferral (3 s) and End-of-RIB
+	for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		lost() // after GoBGP's deferral (1 s) and End-of-RIB
 	}
 	if err := s.Close(timeout(t), bgp.Withdraw); err != nil {
 		t.Fatal(err)

@@ -26,13 +26,17 @@ const (
 	flushTime = 500 * time.Millisecond
 )
 
-// Log takes over the descriptor that Start left as standard error, so that a panic is found there too. Call it first. The
-// file does not grow beyond 8 MiB.
+// Log takes over the descriptor that Start left as standard error, so that a panic is found there too, and gives the process
+// its name. Call it first. The file does not grow beyond 9 MiB.
 func (k Kind) Log() (*LogFile, error) {
 	if os.Getenv(k.Cookie) != k.Name {
 		return nil, ErrByHand
 	}
 	signal.Ignore(unix.SIGPIPE)
+	// The kernel's name of a process that was started from a descriptor is that number.
+	if err := os.WriteFile("/proc/self/comm", []byte("dstm-"+k.Name), 0); err != nil {
+		return nil, err
+	}
 	if err := unix.Dup3(logDescriptor, 2, 0); err != nil {
 		return nil, fmt.Errorf("log descriptor %d: %w", logDescriptor, err)
 	}
