@@ -20,7 +20,8 @@ type Speakers interface {
 const (
 	speakerTimeout  = 5 * time.Second // of every call to the speaker
 	attachTimeout   = 15 * time.Second
-	attachRetry     = 2 * time.Second
+	attachRetry     = 2 * time.Second // from one attempt to start a speaker to the next
+	beatEvery       = time.Second     // also how soon the death of a speaker is seen
 	withdrawTimeout = 3 * time.Second // of everything at the end
 )
 
@@ -137,7 +138,6 @@ func (a *announcer) attach(ctx context.Context) error {
 // lose gives up a speaker that does not answer; the next attach finds it again or starts another.
 func (a *announcer) lose() {
 	a.sp, a.known, a.sent = nil, false, nil
-	a.retryAt = a.g.Now() + attachRetry
 }
 
 func (a *announcer) beat(ctx context.Context) error {
@@ -149,7 +149,7 @@ func (a *announcer) beat(ctx context.Context) error {
 	if err := a.sp.Beat(ctx); err != nil {
 		return fmt.Errorf("beat: %w", err)
 	}
-	a.beatAt = a.g.Now() + min(a.conf.Orphan/4, 10*time.Second)
+	a.beatAt = a.g.Now() + min(a.conf.Orphan/4, beatEvery)
 	return nil
 }
 

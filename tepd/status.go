@@ -165,19 +165,20 @@ type BGPRoute struct {
 }
 
 // BGP asks the speaker for its sessions and routes.
-func (g *Gateway) BGP(ctx context.Context) (BGPStatus, error) {
+func (g *Gateway) BGP(ctx context.Context) BGPStatus {
 	v := g.view.load()
 	out := BGPStatus{
 		Enabled: g.Speakers != nil, Problem: v.speakerErr, Notes: v.notes, Peers: []BGPPeer{}, Routes: []BGPRoute{},
 	}
 	if !out.Enabled || v.speaker == nil {
-		return out, nil
+		return out
 	}
 	ctx, cancel := context.WithTimeout(ctx, speakerTimeout)
 	defer cancel()
 	st, err := v.speaker.Status(ctx)
-	if err != nil {
-		return BGPStatus{}, fmt.Errorf("bgp speaker: %w", err)
+	if err != nil { // the announcer finds out too, and starts another
+		out.Problem = err.Error()
+		return out
 	}
 	out.Implementation = st.Implementation
 	for _, p := range st.Peers {
@@ -186,7 +187,7 @@ func (g *Gateway) BGP(ctx context.Context) (BGPStatus, error) {
 	for _, r := range st.Routes {
 		out.Routes = append(out.Routes, BGPRoute{Prefix: r.Prefix, Communities: append([]string{}, r.Communities...)})
 	}
-	return out, nil
+	return out
 }
 
 func bgpPeer(p bgp.PeerState) BGPPeer {
@@ -203,6 +204,6 @@ func (g *Gateway) Handlers() map[string]http.Handler {
 		"GET /status": daemon.JSON("dstm.tepd/1", func(*http.Request) (any, error) { return g.Status(), nil }),
 		"GET /drops":  daemon.JSON("dstm.drops/1", func(r *http.Request) (any, error) { return g.Drops(r.Context()) }),
 		"GET /table":  daemon.JSON("dstm.table/1", func(r *http.Request) (any, error) { return g.Table(r.Context()) }),
-		"GET /bgp":    daemon.JSON("dstm.bgp/1", func(r *http.Request) (any, error) { return g.BGP(r.Context()) }),
+		"GET /bgp":    daemon.JSON("dstm.bgp/1", func(r *http.Request) (any, error) { return g.BGP(r.Context()), nil }),
 	}
 }
