@@ -30,7 +30,8 @@ type Entry struct {
 
 // Gateway is a packet path in the role of a TEP. A table change is complete when the call returns: only then may an
 // acknowledgement leave (invariant I8). Deadlines are CLOCK_BOOTTIME nanoseconds and live in the packet path itself, so
-// that they hold whatever happens to the daemon (I7).
+// that they hold whatever happens to the daemon (I7). A packet to a host that is larger than the MTU of its binding is
+// answered with that MTU if it must not be fragmented (RFC 1191), and fragmented otherwise.
 type Gateway interface {
 	// Configure attaches to uplinks and devices; calling it again with other values changes what differs.
 	Configure(ctx context.Context, c GatewayConfig) error

@@ -18,12 +18,13 @@ import (
 //	hosts 2001:db8:1::/64 ── up0 [ gateway, dstm0 ] v4 ── 203.0.113.2 server
 type gatewayBed struct {
 	bed
-	ns   *Namespace
-	path dataplane.Gateway
-	cfg  dataplane.GatewayConfig
+	engine    Engine
+	ns, suite *Namespace
+	path      dataplane.Gateway
+	cfg       dataplane.GatewayConfig
 }
 
-// smallMTU is the MTU of one binding; the device's is 1460.
+// smallMTU is the MTU of one binding, below the device's.
 const smallMTU = 1280
 
 func gatewayTable() []lease.Binding {
@@ -42,7 +43,7 @@ func gatewayTable() []lease.Binding {
 func newGatewayBed(t *testing.T, e Engine, kind uplinkKind, seen map[dataplane.DropReason]bool) *gatewayBed {
 	t.Helper()
 	ns, suite := NewNamespace(t, "g"), NewNamespace(t, "s")
-	b := &gatewayBed{ns: ns, cfg: dataplane.GatewayConfig{
+	b := &gatewayBed{engine: e, ns: ns, suite: suite, cfg: dataplane.GatewayConfig{
 		Device: device, Uplinks: []string{uplinkDev}, TEPs: []netip.Addr{addr(tepIP), addr(otherTEPIP)},
 		HopLimit: hopsOut, Hairpin: true, PinDir: PinDir(t),
 	}}
@@ -55,14 +56,16 @@ func newGatewayBed(t *testing.T, e Engine, kind uplinkKind, seen map[dataplane.D
 		"addr add "+router4+"/24 dev v4")
 	addNeighbours(ns, "v4", server)
 	// Strict reverse path filters are common, so that they have to be no obstacle.
-	for name, v := range map[string]string{"ip_forward": "1", "conf/all/rp_filter": "1", "icmp_ratelimit": "0"} {
+	// Fragments from host to host leave through the device that they came by, which is no news to a host.
+	for name, v := range map[string]string{
+		"ip_forward": "1", "icmp_ratelimit": "0", "conf/all/rp_filter": "1",
+		"conf/all/send_redirects": "0", "conf/default/send_redirects": "0",
+	} {
 		ns.Sysctl("net/ipv4/"+name, v)
 	}
-	ns.Do(func() (err error) { b.path, err = e.NewGateway(); return err })
-	b.bed.path = b.path
 	t.Cleanup(func() { _ = b.path.Close(false) })
-	b.configure(t)
-	ns.IP("route add 198.51.100.0/24 dev " + device)
+	b.open(t)
+	ns.IP("addr add 192.0.2.1/32 dev "+device, "route add 198.51.100.0/24 dev "+device)
 	b.ports[tun] = openPacket(ns, device, nil, 0)
 	b.deadline(t, time.Hour)
 	if err := b.path.Replace(t.Context(), gatewayTable()); err != nil {
@@ -70,6 +73,14 @@ func newGatewayBed(t *testing.T, e Engine, kind uplinkKind, seen map[dataplane.D
 	}
 	b.settle(t)
 	return b
+}
+
+// open is what a process does first, be it the first one or another.
+func (b *gatewayBed) open(t *testing.T) {
+	t.Helper()
+	b.ns.Do(func() (err error) { b.path, err = b.engine.NewGateway(); return err })
+	b.bed.path = b.path
+	b.configure(t)
 }
 
 func (b *gatewayBed) configure(t *testing.T) {
@@ -91,6 +102,8 @@ func testGateway(t *testing.T, e Engine, kind uplinkKind, seen map[dataplane.Dro
 	b.run(t, gatewayRefuses())
 	b.run(t, gatewayMalformed())
 	b.run(t, notForGateway())
+	b.testMTU(t)
+	t.Run("super-packet", b.testSuperPacket)
 
 	b.cfg.Hairpin = false
 	b.configure(t)
@@ -137,7 +150,7 @@ func gatewayForwards() []row {
 		down("DSCP and ECN are copied", tepIP, hostIP, data(server, leased, tos(0xb9))),
 		down("IPv4 options", tepIP, hostIP, data(server, leased, options(1, 1, 1, 0))),
 		down("inner fragment", tepIP, hostIP, data(server, leased, fragment(20))),
-		down("all that the device carries", tepIP, hostIP, sized(1460, server, leased)),
+		down("all that the device carries", tepIP, hostIP, sized(deviceMTU, server, leased)),
 		down("all that the binding carries", tepIP, otherHostIP, sized(smallMTU, server, small)),
 	}
 	for _, e := range ecnRows {

@@ -146,7 +146,7 @@ func hostSends() []row {
 	return []row{
 		out("out: the inner packet is not touched", data(leased, server)),
 		out("out: DSCP and ECN are copied", data(leased, server, tos(0xb9))),
-		out("out: all that the device carries", sized(1460, leased, server)),
+		out("out: all that the device carries", sized(deviceMTU, leased, server)),
 		out("out: TCP", tcp(leased, server, 4000, 80, 100)),
 		out("out: inner fragment", data(leased, server, fragment(20))),
 		refused("out: not the lease", data(otherLeased, server), dataplane.DropInnerAddress),

@@ -28,14 +28,36 @@ type engine struct {
 	log     *slog.Logger
 	role    string // also the name of the pins' directory
 	spec    func() (*ebpf.CollectionSpec, error)
-	eth, l3 string // programs for uplinks with and without a link header
-	device  string // program for the device
+	eth, l3 string          // programs for uplinks with and without a link header
+	device  string          // program for the device
+	nl      *netlink.Handle // of the namespace that it was configured in
 	coll    *ebpf.Collection
 	dir     string // of the pins
 	links   map[string]link.Link
 	tun     *os.File
 	name    string // of the device
 	mtu     int
+}
+
+// open opens the device, once.
+func (e *engine) open(device string, persistent bool) error {
+	if e.tun != nil {
+		if device != e.name {
+			return fmt.Errorf("data path tc: device is %s: it cannot become %s while it runs", e.name, device)
+		}
+		return nil
+	}
+	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("data path tc: netlink: %w", err)
+	}
+	f, err := openTUN(nl, device, persistent)
+	if err != nil {
+		nl.Close()
+		return fmt.Errorf("data path tc: %w", err)
+	}
+	e.nl, e.tun, e.name = nl, f, device
+	return nil
 }
 
 // load makes the collection over the pinned maps, if there are any.
@@ -104,7 +126,7 @@ func (e *engine) attach(uplinks []string) error {
 	one(e.name, e.device, ebpf.AttachTCXEgress)
 	for _, u := range uplinks {
 		prog := e.eth
-		l, err := netlink.LinkByName(u)
+		l, err := e.nl.LinkByName(u)
 		if err != nil {
 			errs = errors.Join(errs, fmt.Errorf("data path tc: uplink %s: %w", u, err))
 			continue
@@ -192,7 +214,7 @@ func (e *engine) uplinks(given []string) ([]string, error) {
 	if len(given) > 0 {
 		return given, nil
 	}
-	routes, err := netlink.RouteList(nil, unix.AF_INET6)
+	routes, err := e.nl.RouteList(nil, unix.AF_INET6)
 	if err != nil {
 		return nil, fmt.Errorf("data path tc: routes: %w", err)
 	}
@@ -201,7 +223,7 @@ func (e *engine) uplinks(given []string) ([]string, error) {
 		if r.LinkIndex == 0 || r.Dst != nil && (r.Dst.IP.IsLinkLocalUnicast() || r.Dst.IP.IsMulticast()) {
 			continue
 		}
-		l, err := netlink.LinkByIndex(r.LinkIndex)
+		l, err := e.nl.LinkByIndex(r.LinkIndex)
 		if err != nil {
 			continue // gone since
 		}
@@ -244,12 +266,12 @@ func (e *engine) deviceUp(uplinks []string, configured uint16) error {
 	if err != nil {
 		return err
 	}
-	l, err := netlink.LinkByName(e.name)
+	l, err := e.nl.LinkByName(e.name)
 	if err != nil {
 		return fmt.Errorf("data path tc: %w", err)
 	}
 	if l.Attrs().MTU != mtu {
-		if err := netlink.LinkSetMTU(l, mtu); err != nil {
+		if err := e.nl.LinkSetMTU(l, mtu); err != nil {
 			return fmt.Errorf("data path tc: MTU of %s: %w", e.name, err)
 		}
 	}
@@ -257,7 +279,7 @@ func (e *engine) deviceUp(uplinks []string, configured uint16) error {
 	if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+e.name+"/forwarding", []byte("1"), 0o644); err != nil {
 		return fmt.Errorf("data path tc: %w", err)
 	}
-	if err := netlink.LinkSetUp(l); err != nil {
+	if err := e.nl.LinkSetUp(l); err != nil {
 		return fmt.Errorf("data path tc: %w", err)
 	}
 	return nil
@@ -280,8 +302,9 @@ func (e *engine) close(keep bool) error {
 			errs = errors.Join(errs, setPersistent(e.tun, false))
 		}
 		errs = errors.Join(errs, e.tun.Close())
+		e.nl.Close()
 	}
-	e.links, e.coll, e.tun = nil, nil, nil
+	e.links, e.coll, e.tun, e.nl = nil, nil, nil, nil
 	return errs
 }
 

@@ -45,8 +45,9 @@ const defaultHopLimit = 64
 
 // Gateway is the packet path of a TEP. Its maps, links and device outlive the process.
 type Gateway struct {
-	mu sync.Mutex
-	e  engine
+	mu     sync.Mutex
+	e      engine
+	routes mtuRoutes
 }
 
 var _ dataplane.Gateway = (*Gateway)(nil)
@@ -74,16 +75,12 @@ func (g *Gateway) Configure(_ context.Context, c dataplane.GatewayConfig) error 
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	e := &g.e
-	if e.tun == nil {
-		f, err := openTUN(c.Device, true)
-		if err != nil {
-			return fmt.Errorf("data path tc: %w", err)
-		}
-		e.tun, e.name = f, c.Device
-		go drain(f) // what passes the egress program is nobody's
+	fresh := e.tun == nil
+	if err := e.open(c.Device, true); err != nil {
+		return err
 	}
-	if c.Device != e.name {
-		return fmt.Errorf("data path tc: device is %s: it cannot become %s while it runs", e.name, c.Device)
+	if fresh {
+		go drain(e.tun) // what passes the egress program is nobody's
 	}
 	if err := e.load(c.PinDir); err != nil {
 		return err
@@ -98,7 +95,10 @@ func (g *Gateway) Configure(_ context.Context, c dataplane.GatewayConfig) error 
 	if err := g.settings(c); err != nil {
 		return err
 	}
-	return e.attach(uplinks)
+	if err := e.attach(uplinks); err != nil {
+		return err
+	}
+	return g.resetRoutes()
 }
 
 func (g *Gateway) settings(c dataplane.GatewayConfig) error {
@@ -188,10 +188,16 @@ func (g *Gateway) Apply(_ context.Context, upserts []lease.Binding, deletes []le
 		if err := m.Delete(keyOf(r)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("data path tc: delete %s: %w", r, err)
 		}
+		if err := g.routes.set(r, 0); err != nil {
+			return err
+		}
 	}
 	for _, b := range upserts {
 		if err := m.Put(keyOf(b.Resource), recordOf(b)); err != nil {
 			return fmt.Errorf("data path tc: put %s: %w", b.Resource, err)
+		}
+		if err := g.routes.set(b.Resource, b.MTU); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -220,7 +226,10 @@ func (g *Gateway) Replace(_ context.Context, bs []lease.Binding) error {
 			return fmt.Errorf("data path tc: put %s: %w", b.Resource, err)
 		}
 	}
-	return sweep(m, func(k bindingKey) bool { return want[k] })
+	if err := sweep(m, func(k bindingKey) bool { return want[k] }); err != nil {
+		return err
+	}
+	return g.routes.replace(bs)
 }
 
 // SetDeadline implements dataplane.Gateway.
@@ -234,6 +243,10 @@ func (g *Gateway) SetDeadline(_ context.Context, bootNS uint64) error {
 func (g *Gateway) Entries(context.Context) ([]dataplane.Entry, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	return g.entries()
+}
+
+func (g *Gateway) entries() ([]dataplane.Entry, error) {
 	m, err := g.bindings()
 	if err != nil {
 		return nil, err

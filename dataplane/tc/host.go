@@ -49,15 +49,8 @@ func (h *Host) Configure(_ context.Context, c dataplane.HostConfig) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	e := &h.e
-	if e.tun == nil {
-		f, err := openTUN(c.Device, false)
-		if err != nil {
-			return fmt.Errorf("data path tc: %w", err)
-		}
-		e.tun, e.name = f, c.Device
-	}
-	if c.Device != e.name {
-		return fmt.Errorf("data path tc: device is %s: it cannot become %s while it runs", e.name, c.Device)
+	if err := e.open(c.Device, false); err != nil {
+		return err
 	}
 	fresh := e.coll == nil
 	if err := e.load(c.PinDir); err != nil {

@@ -20,12 +20,12 @@ const vnetHeader = 10
 
 // openTUN opens the device, making it if need be. A device of that name that is not ours is refused. Offloads are on,
 // so that super-packets reach the programs whole.
-func openTUN(name string, persistent bool) (*os.File, error) {
+func openTUN(nl *netlink.Handle, name string, persistent bool) (*os.File, error) {
 	if len(name) >= unix.IFNAMSIZ {
 		return nil, fmt.Errorf("device name %q: want at most %d bytes", name, unix.IFNAMSIZ-1)
 	}
 	var gone netlink.LinkNotFoundError
-	l, err := netlink.LinkByName(name)
+	l, err := nl.LinkByName(name)
 	switch {
 	case err == nil && (l.Type() != "tuntap" || l.Attrs().Alias != alias):
 		return nil, fmt.Errorf("device %s exists and is not ours (type %s, alias %q): remove it or configure another name", name, l.Type(), l.Attrs().Alias)
@@ -36,7 +36,7 @@ func openTUN(name string, persistent bool) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("/dev/net/tun: %w", err)
 	}
-	if err := setup(fd, name, persistent); err != nil {
+	if err := setup(nl, fd, name, persistent); err != nil {
 		unix.Close(fd)
 		return nil, fmt.Errorf("device %s: %w", name, err)
 	}
@@ -44,7 +44,7 @@ func openTUN(name string, persistent bool) (*os.File, error) {
 	return os.NewFile(uintptr(fd), "/dev/net/tun"), nil
 }
 
-func setup(fd int, name string, persistent bool) error {
+func setup(nl *netlink.Handle, fd int, name string, persistent bool) error {
 	req, err := unix.NewIfreq(name)
 	if err != nil {
 		return err
@@ -65,11 +65,11 @@ func setup(fd int, name string, persistent bool) error {
 			return fmt.Errorf("persistence: %w", err)
 		}
 	}
-	l, err := netlink.LinkByName(name)
+	l, err := nl.LinkByName(name)
 	if err != nil {
 		return err
 	}
-	return netlink.LinkSetAlias(l, alias)
+	return nl.LinkSetAlias(l, alias)
 }
 
 func setPersistent(f *os.File, on bool) error {

@@ -23,6 +23,22 @@ static __always_inline struct binding *find(__be32 addr)
 	return bpf_map_lookup_elem(&bindings, &k);
 }
 
+/* fits says whether the inner packet at `at`, or every segment of a super-packet, is within the MTU of the binding. */
+static __always_inline int fits(struct __sk_buff *skb, __u32 at, const struct iphdr *ip, const struct binding *b)
+{
+	__u32 l4 = ip->ihl * 4, len = bpf_ntohs(ip->tot_len);
+	__u8 offset = 8 / 4 << 4; /* of the data behind a UDP header, as in TCP */
+
+	if (!b->mtu)
+		return 1;
+	if (skb->gso_size) {
+		if (ip->protocol == IPPROTO_TCP && bpf_skb_load_bytes(skb, at + l4 + 12, &offset, 1))
+			return 0;
+		len = l4 + (offset >> 4) * 4 + skb->gso_size;
+	}
+	return len <= b->mtu;
+}
+
 /* hairpin sends a packet from one host straight to another: the outer header is rewritten in place, because a packet
  * that was decapsulated keeps tunnel state and cannot be encapsulated again. */
 static __always_inline int hairpin(struct __sk_buff *skb, struct counters *c, const struct config *cfg, __u32 l2, int len, struct iphdr *ip, __u32 bytes, const struct binding *to)
@@ -95,7 +111,8 @@ static __always_inline int uplink(struct __sk_buff *skb, __u32 l2)
 	if (now - b->last_seen > SECOND)
 		b->last_seen = now;
 	to = find(ip.daddr);
-	if (to)
+	/* What is too big for the other host goes to the kernel, which answers or fragments by the route of the binding. */
+	if (to && (!(cfg->flags & FLAG_HAIRPIN) || fits(skb, l2 + len, &ip, to)))
 		return hairpin(skb, c, cfg, l2, len, &ip, bytes, to);
 	why = decap(skb, l2, len, &o, &ip);
 	if (why)
@@ -132,7 +149,7 @@ SEC("tcx/egress") int gateway_device(struct __sk_buff *skb)
 		return drop(c, DROP_NO_BINDING);
 	if (martian(ip.saddr))
 		return drop(c, DROP_INNER_ADDRESS);
-	if (b->mtu && !skb->gso_size && skb->len > b->mtu)
+	if (!fits(skb, 0, &ip, b))
 		return drop(c, DROP_TOO_BIG);
 	src = b->tep;
 	dst = b->host;
