@@ -47,13 +47,15 @@ func (l *Lab) Run(out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	failed := 0
 	for i, s := range steps {
 		if !l.Has(s.Node) {
 			return fmt.Errorf("%s: step %d: node %q does not run", path, i+1, s.Node)
 		}
+	}
+	failed := 0
+	for i, s := range steps {
 		begin := time.Now()
-		o, err := l.Command(s.Node, "bash", "-euo", "pipefail", "-c", s.Script).CombinedOutput()
+		o, err := l.run(s.Node, "bash", "-euo", "pipefail", "-c", s.Script)
 		word := "ok  "
 		if err != nil {
 			word = "FAIL"

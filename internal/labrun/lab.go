@@ -2,6 +2,7 @@ package labrun
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -89,12 +91,7 @@ func (l *Lab) Prepare() error {
 		return err
 	}
 	for _, name := range l.t.names() {
-		role := l.t.Topology.Nodes[name].Labels[RoleLabel]
-		if role == "" {
-			continue
-		}
-		id := tlsid.ID{TrustDomain: TrustDomain, Cell: Cell, Role: tlsid.Role(role), Name: name}
-		if _, err := pki.Issue(dir, dir, id, pki.Options{DNS: []string{name + "." + TrustDomain}}); err != nil {
+		if err := issue(dir, name, l.t.Topology.Nodes[name].Labels[RoleLabel]); err != nil {
 			return err
 		}
 	}
@@ -103,11 +100,35 @@ func (l *Lab) Prepare() error {
 	return err
 }
 
-// Up makes the nodes and links and runs every node's exec lines, node by node in order of their names.
-func (l *Lab) Up(out io.Writer) error {
-	if len(l.state.Nodes) > 0 {
-		return fmt.Errorf("lab %s is up: take it down first", l.t.Name)
+// issue writes the certificates of one node, see RoleLabel.
+func issue(ca, node, label string) error {
+	if label == "" {
+		return nil
 	}
+	roles := strings.Split(label, ",")
+	for _, role := range roles {
+		dir := ca
+		if len(roles) > 1 {
+			dir = filepath.Join(ca, role)
+			if err := os.MkdirAll(dir, 0o755); err != nil {
+				return err
+			}
+		}
+		id := tlsid.ID{TrustDomain: TrustDomain, Cell: Cell, Role: tlsid.Role(role), Name: node}
+		if _, err := pki.Issue(ca, dir, id, pki.Options{DNS: []string{node + "." + TrustDomain}}); err != nil {
+			return fmt.Errorf("node %s: label %s %q: %w", node, RoleLabel, label, err)
+		}
+	}
+	return nil
+}
+
+// Up makes the nodes and links and runs every node's exec lines, node by node in order of their names. What it made before
+// an error stays for a look; Down removes it.
+func (l *Lab) Up(out io.Writer) error {
+	if slices.ContainsFunc(l.t.names(), l.Has) {
+		return fmt.Errorf("lab %s is up: take it down first (dstm lab down)", l.t.Name)
+	}
+	l.state.Nodes = map[string]holder{} // what an earlier run left has ended
 	if err := l.Prepare(); err != nil {
 		return err
 	}
@@ -123,7 +144,7 @@ func (l *Lab) Up(out io.Writer) error {
 	}
 	for _, name := range l.t.names() {
 		for _, line := range l.t.Topology.Nodes[name].Exec {
-			if o, err := l.Command(name, "sh", "-c", line).CombinedOutput(); err != nil {
+			if o, err := l.run(name, "sh", "-c", line); err != nil {
 				return fmt.Errorf("node %s: exec %q: %w\n%s", name, line, err, o)
 			}
 		}
@@ -142,7 +163,13 @@ func (l *Lab) startNode(name string) error {
 		args = append(args, b)
 	}
 	cmd := exec.Command("/proc/self/exe", args...)
-	cmd.Stderr = os.Stderr
+	// Our own standard error would be held open as long as the lab is up.
+	log, err := os.Create(filepath.Join(l.t.runDir(), "log", name+".holder.log"))
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd.Stderr = log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWUTS, Setsid: true}
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
@@ -160,7 +187,8 @@ func (l *Lab) startNode(name string) error {
 		return err
 	}
 	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || line != "ready\n" {
-		return fmt.Errorf("holder did not get ready: %q %w", line, err)
+		why, _ := os.ReadFile(log.Name())
+		return fmt.Errorf("its holder did not get ready: %s", bytes.TrimSpace(why))
 	}
 	// Addresses count at once, and nothing of the kernel's own making is in the way.
 	sysctls := map[string]string{
@@ -170,10 +198,13 @@ func (l *Lab) startNode(name string) error {
 		sysctls[k] = v
 	}
 	lines := []string{"ip link set lo up"}
+	if n.Kind == KindBridge {
+		lines = append(lines, "ip link add "+bridgeName+" type bridge && ip link set "+bridgeName+" up")
+	}
 	for k, v := range sysctls {
 		lines = append(lines, "sysctl -qw "+k+"="+v)
 	}
-	o, err := l.Command(name, "sh", "-ec", strings.Join(lines, "\n")).CombinedOutput()
+	o, err := l.run(name, "sh", "-ec", strings.Join(lines, "\n"))
 	if err != nil {
 		return fmt.Errorf("%w: %s", err, o)
 	}
@@ -198,12 +229,51 @@ func (l *Lab) link(k Link) error {
 		return err
 	}
 	for _, e := range []struct{ node, dev string }{{a, ai}, {b, bi}} {
-		if o, err := l.Command(e.node, "ip", "link", "set", e.dev, "up").CombinedOutput(); err != nil {
+		args := []string{"ip", "link", "set", e.dev, "up"}
+		if l.t.Topology.Nodes[e.node].Kind == KindBridge {
+			args = append(args, "master", bridgeName)
+		}
+		if o, err := l.run(e.node, args...); err != nil {
 			return fmt.Errorf("%w: %s", err, o)
 		}
 	}
 	return nil
 }
+
+// bridgeName is the bridge in a node of that kind.
+const bridgeName = "br0"
+
+// commandTimeout bounds every exec line and every step.
+const commandTimeout = 2 * time.Minute
+
+// run runs a command in a node and returns what it wrote. It does not wait for what the command left in the background with
+// its output: that goes to a file, which unlike a pipe nobody has to close.
+func (l *Lab) run(node string, args ...string) ([]byte, error) {
+	f, err := os.CreateTemp("", "dstm-lab")
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if err := os.Remove(f.Name()); err != nil {
+		return nil, err
+	}
+	c := l.Command(node, args...)
+	c.Stdout, c.Stderr = f, f
+	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := c.Start(); err != nil {
+		return nil, err
+	}
+	late := time.AfterFunc(commandTimeout, func() { _ = syscall.Kill(-c.Process.Pid, syscall.SIGKILL) })
+	err = c.Wait()
+	if !late.Stop() {
+		err = fmt.Errorf("ended after %s: %w", commandTimeout, err)
+	}
+	out, readErr := io.ReadAll(io.NewSectionReader(f, 0, maxOutput))
+	return out, errors.Join(err, readErr)
+}
+
+// maxOutput is how much of a command's output is kept, in bytes.
+const maxOutput = 64 << 10
 
 // Command returns a command inside a node; our programs come first in its PATH.
 func (l *Lab) Command(node string, args ...string) *exec.Cmd {
@@ -247,12 +317,15 @@ func (l *Lab) Down(out io.Writer) error {
 	var errs error
 	for name, h := range l.state.Nodes {
 		if h.alive() {
-			errs = errors.Join(errs, killAll(h.PID))
+			if err := killAll(h.PID); err != nil {
+				errs = errors.Join(errs, fmt.Errorf("node %s: %w", name, err))
+				continue
+			}
 		}
 		delete(l.state.Nodes, name)
 	}
 	if errs != nil {
-		return errs
+		return errors.Join(errs, l.save())
 	}
 	if err := errors.Join(os.RemoveAll(l.stateFile()), os.RemoveAll(l.t.runDir())); err != nil {
 		return err

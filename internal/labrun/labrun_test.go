@@ -1,0 +1,142 @@
+package labrun
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+const small = `name: small
+topology:
+  defaults: {kind: linux, env: {A: default, B: default}, binds: ["d:/d"], sysctls: {net.ipv4.ip_forward: "0"}}
+  kinds:
+    linux: {env: {B: kind, C: kind}, exec: [from kind]}
+    bridge: {exec: [never]}
+  groups:
+    routers: {env: {C: group, D: group}, exec: [from group], sysctls: {net.ipv4.ip_forward: "1"}}
+    switches: {kind: bridge}
+  nodes:
+    r1: {group: routers, env: {D: node}, exec: [from node], binds: ["n:/n"], labels: {dstm.role: svc}}
+    h1:
+    sw: {group: switches}
+  links:
+    - endpoints: ["r1:eth1", "sw:p1"]
+    - {endpoints: ["h1:eth1", "sw:p2"], mtu: 1400}
+`
+
+func TestMerge(t *testing.T) {
+	topo, err := parse("small.clab.yml", []byte(small))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]*Node{
+		"r1": {
+			Kind: "linux", Group: "routers", Env: map[string]string{"A": "default", "B": "kind", "C": "group", "D": "node"},
+			Binds: []string{"d:/d", "n:/n"}, Exec: []string{"from kind", "from group", "from node"},
+			Sysctls: map[string]string{"net.ipv4.ip_forward": "1"}, Labels: map[string]string{"dstm.role": "svc"},
+		},
+		"h1": {
+			Kind: "linux", Env: map[string]string{"A": "default", "B": "kind", "C": "kind"}, Binds: []string{"d:/d"},
+			Exec: []string{"from kind"}, Sysctls: map[string]string{"net.ipv4.ip_forward": "0"}, Labels: map[string]string{},
+		},
+		"sw": {
+			Kind: "bridge", Group: "switches", Env: map[string]string{"A": "default", "B": "default"}, Binds: []string{"d:/d"},
+			Exec: []string{"never"}, Sysctls: map[string]string{"net.ipv4.ip_forward": "0"}, Labels: map[string]string{},
+		},
+	}
+	if d := cmp.Diff(want, topo.Topology.Nodes); d != "" {
+		t.Errorf("nodes (-want +got):\n%s", d)
+	}
+	if topo.Topology.Links[1].MTU != 1400 {
+		t.Errorf("links %+v", topo.Topology.Links)
+	}
+}
+
+func TestBadTopologies(t *testing.T) {
+	for _, c := range []struct{ name, old, new, want string }{
+		{"unknown key", "labels:", "label:", `bad.clab.yml:11:78: unknown key "label" (did you mean "labels"?)`},
+		{"unknown key tells the known ones", "mtu: 1400", "vlan: 7", "vlan"},
+		{"no name", "name: small", "name: \"\"", `bad.clab.yml:1:7: name "": want letters`},
+		{"name with a slash", "name: small", "name: ../x", `name "../x": want letters`},
+		{"kind", "defaults: {kind: linux,", "defaults: {kind: srl,", `node h1: kind "srl": want linux or bridge`},
+		{"group", "group: switches", "group: hubs", `node sw: group "hubs" is not among topology.groups`},
+		{"bind", `binds: ["n:/n"]`, `binds: ["n"]`, `bad.clab.yml:11:69: bind "n": want source:/target`},
+		{"default bind", `binds: ["d:/d"]`, `binds: ["/d"]`, `bad.clab.yml:3:66: bind "/d": want source:/target`},
+		{"one endpoint", `["r1:eth1", "sw:p1"]`, `["r1:eth1"]`, "bad.clab.yml:15:7: link with 1 endpoints: want two"},
+		{"unknown node", `"r1:eth1"`, `"r9:eth1"`, `bad.clab.yml:15:19: endpoint "r9:eth1": no node "r9"`},
+		{"endpoint twice", `"sw:p2"`, `"sw:p1"`, `bad.clab.yml:16:31: endpoint "sw:p1" is there twice`},
+		{"no interface", `"sw:p1"`, `"sw"`, `endpoint "sw": interface "": want 1 to 15 bytes`},
+		{"long interface", `"sw:p1"`, `"sw:a234567890123456"`, "want 1 to 15 bytes"},
+		{"the bridge's own name", `"sw:p1"`, `"sw:br0"`, `interface "br0"`},
+		{"mtu", "mtu: 1400", "mtu: 500", "bad.clab.yml:16:46: mtu 500: want 1280"},
+		{"no nodes", small, "name: x\ntopology: {}\n", "no nodes"},
+	} {
+		text := strings.Replace(small, c.old, c.new, 1)
+		if text == small {
+			t.Fatalf("%s: the edit changed nothing", c.name)
+		}
+		_, err := parse("bad.clab.yml", []byte(text))
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: error %v, want %q", c.name, err, c.want)
+		}
+	}
+}
+
+func TestParseSteps(t *testing.T) {
+	got, err := ParseSteps("expect.txtar", []byte("a comment\n-- r1: it answers --\nping -c1 x\n\n-- h1: so: does this --\ntrue\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Step{{"r1", "it answers", "ping -c1 x\n\n"}, {"h1", "so: does this", "true\n"}}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("steps (-want +got):\n%s", d)
+	}
+	for text, want := range map[string]string{
+		"":                     "expect.txtar: no steps",
+		"-- r1 --\ntrue\n":     `expect.txtar: step 1: "r1": want "-- node: what it shows --"`,
+		"-- : what --\ntrue\n": `step 1: ": what": want`,
+	} {
+		if _, err := ParseSteps("expect.txtar", []byte(text)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: error %v, want %q", text, err, want)
+		}
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(small))
+	f.Add([]byte("name: x\ntopology: {nodes: {a: {kind: linux}}, links: [{endpoints: [\"a:b\", \"a:c\"]}]}"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		topo, err := parse("f", b)
+		if err != nil {
+			return
+		}
+		for name, n := range topo.Topology.Nodes {
+			if n == nil || n.Kind != KindLinux && n.Kind != KindBridge || strings.ContainsAny(name, "/ \n") {
+				t.Errorf("node %q: %+v", name, n)
+			}
+		}
+		for _, l := range topo.Topology.Links {
+			for _, e := range l.Endpoints {
+				if node, _, _ := strings.Cut(e, ":"); topo.Topology.Nodes[node] == nil {
+					t.Errorf("endpoint %q of no node", e)
+				}
+			}
+		}
+	})
+}
+
+func FuzzParseSteps(f *testing.F) {
+	f.Add([]byte("-- a: b --\nx\n"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		steps, err := ParseSteps("f", b)
+		if err == nil && len(steps) == 0 {
+			t.Error("no steps, no error")
+		}
+		for _, s := range steps {
+			if s.Node == "" || s.Name == "" {
+				t.Errorf("%+v", s)
+			}
+		}
+	})
+}
