@@ -28,17 +28,17 @@ const maxReasons = 32
 
 var reasons = [maxReasons]struct{ name, explain string }{
 	DropMalformed:        {"malformed", "headers are cut short or contradict each other"},
-	DropSessionExpired:   {"session_expired", "the deadline has passed: the lease service was not heard of for too long, or the lease ended"},
+	DropSessionExpired:   {"session_expired", "the deadline has passed: no word from the lease service, or the lease ended"},
 	DropNoBinding:        {"no_binding", "nobody has leased the inner address"},
-	DropOuterSource:      {"outer_source", "the packet came from another tunnel source than the one that leased its inner source"},
+	DropOuterSource:      {"outer_source", "the packet came from another tunnel source than the binding's"},
 	DropOuterDestination: {"outer_destination", "the packet came to another gateway address than the one of the binding"},
 	DropInnerAddress:     {"inner_address", "the inner source or destination is none that may go through a tunnel"},
 	DropECN:              {"ecn", "congestion was marked outside on a packet that is not ECN-capable inside (RFC 6040)"},
-	DropHairpin:          {"hairpin", "from one host to another through this gateway, which is switched off or out of hops"},
+	DropHairpin:          {"hairpin", "from one host to another through this gateway: switched off, or out of hops"},
 	DropTooBig:           {"too_big", "larger than what fits through the tunnel"},
 	DropNoRoute:          {"no_route", "no IPv6 route to the other end of the tunnel"},
 	DropNotIPv4:          {"not_ipv4", "only IPv4 goes through the tunnel"},
-	DropOption:           {"option", "an IPv6 destination option that must not be ignored (RFC 8200 section 4.2)"},
+	DropOption:           {"option", "IPv6 options that must not be ignored (RFC 8200 section 4.2), or over 8 bytes"},
 	DropInternal:         {"internal", "the kernel refused to change the packet"},
 }
 

@@ -104,6 +104,7 @@ func testGateway(t *testing.T, e Engine, kind uplinkKind, seen map[dataplane.Dro
 	b.run(t, notForGateway())
 	b.testMTU(t)
 	t.Run("super-packet", b.testSuperPacket)
+	t.Run("flow label", b.testLabel)
 
 	b.cfg.Hairpin = false
 	b.configure(t)
@@ -132,7 +133,7 @@ func gatewayForwards() []row {
 		return row{"down: " + name, frame{exit, inner}, on(uplink, encapsulated(tep, host, hop(inner))), downSent}
 	}
 	plain := data(leased, server)
-	withLimit := func(o [6]byte) []byte { return withOptions(hostIP, tepIP, o, plain) }
+	withOpts := func(o [6]byte) []byte { return withOptions(hostIP, tepIP, o, plain) }
 	rows := []row{
 		in("one hop less", plain),
 		in("DSCP inside stays, DSCP outside goes", data(leased, server, tos(0xb8)), class(0x28)),
@@ -140,9 +141,11 @@ func gatewayForwards() []row {
 		in("inner fragment", data(leased, server, fragment(packet.MoreFragments))),
 		in("TCP", tcp(leased, server, 4000, 80, 11)),
 		in("outer hop limit 1 is enough", plain, hops(1)),
-		up("up: encapsulation limit, PadN", withLimit([6]byte{4, 1, 4, 1, 1, 0}), plain),
-		up("up: encapsulation limit, Pad1", withLimit([6]byte{4, 1, 4, 0, 0, 0}), plain),
-		up("up: PadN alone", withLimit([6]byte{1, 4, 0, 0, 0, 0}), plain),
+		up("up: encapsulation limit, PadN", withOpts([6]byte{4, 1, 4, 1, 1, 0}), plain),
+		up("up: encapsulation limit, Pad1", withOpts([6]byte{4, 1, 4, 0, 0, 0}), plain),
+		up("up: PadN alone", withOpts([6]byte{1, 4, 0, 0, 0, 0}), plain),
+		up("up: Pad1 alone", withOpts([6]byte{}), plain),
+		up("up: an option that may be ignored", withOpts([6]byte{0x1e, 3, 0xff, 0xff, 0xff, 0}), plain),
 
 		down("inner one hop less, outer hop limit as configured", tepIP, hostIP, data(server, leased)),
 		down("each binding its tunnel", tepIP, otherHostIP, data(server, otherLeased)),
@@ -321,5 +324,29 @@ func (b *gatewayBed) testClose(t *testing.T) {
 	})
 	if es, err := os.ReadDir(b.cfg.PinDir); err != nil && !errors.Is(err, os.ErrNotExist) || len(es) > 0 {
 		t.Errorf("pins left behind: %v %v", es, err)
+	}
+}
+
+// testLabel: the flow label tells flows apart, for routers that balance by it (RFC 6438), and keeps the packets of one
+// together. Fragments have no ports, so that all of a packet go the same way.
+func (b *gatewayBed) testLabel(t *testing.T) {
+	label := func(inner []byte) uint32 {
+		b.ports[exit].send(t, inner)
+		h, _, err := packet.ParseIPv6(b.ports[uplink].receive(t, 2*time.Second))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return h.FlowLabel
+	}
+	one := label(tcp(server, leased, 80, 4000, 9))
+	if again := label(tcp(server, leased, 80, 4000, 99)); again != one {
+		t.Errorf("one flow has the labels %#05x and %#05x", one, again)
+	}
+	if other := label(tcp(server, leased, 80, 4001, 9)); other == one || other == 0 || one == 0 {
+		t.Errorf("two flows have the labels %#05x and %#05x", one, other)
+	}
+	first := label(data(server, leased, fragment(packet.MoreFragments)))
+	if last := label(data(server, leased, fragment(20))); last != first {
+		t.Errorf("fragments have the labels %#05x and %#05x", first, last)
 	}
 }

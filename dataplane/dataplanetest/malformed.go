@@ -61,7 +61,8 @@ func malformedOuter(src, dst string, good []byte) []named {
 		{"options cut short", short, dataplane.DropMalformed},
 		{"an option that must be known", opt(0xc2, 4), dataplane.DropOption},
 		{"an option behind the encapsulation limit", opt(4, 1, 4, 0x80, 1), dataplane.DropOption},
-		{"an encapsulation limit of 2 bytes", opt(4, 2, 4, 4), dataplane.DropOption},
+		{"an option longer than the header", opt(0x1e, 5), dataplane.DropMalformed},
+		{"an option without its length", opt(1, 3, 0, 0, 0, 1), dataplane.DropMalformed},
 		{"options of 16 bytes", edit(opt(1, 4), 41, 1), dataplane.DropOption},
 	}
 }

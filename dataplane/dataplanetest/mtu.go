@@ -16,8 +16,8 @@ import (
 
 const deviceMTU = 1460
 
-// testMTU: a packet that is too big for the tunnel of a binding is answered with the MTU of that tunnel if it must not be
-// fragmented (RFC 1191), and fragmented otherwise.
+// testMTU: a packet that is too big for the tunnel of a binding is answered with the MTU of that tunnel if it must not
+// be fragmented (RFC 1191), and fragmented otherwise.
 func (b *gatewayBed) testMTU(t *testing.T) {
 	t.Run("above the device's MTU", func(t *testing.T) {
 		b.fromServer(t, sized(deviceMTU+1, server, leased, fragment(packet.DontFragment)), deviceMTU)
@@ -35,23 +35,24 @@ func (b *gatewayBed) testMTU(t *testing.T) {
 	widened := gatewayTable()[3]
 	widened.MTU = 0
 	passes := []row{{"widened", frame{exit, tooBig}, on(uplink, encapsulated(tepIP, otherHostIP, hop(tooBig))), downSent}}
+	ctx, table, wide := t.Context(), gatewayTable(), []lease.Binding{widened}
 	for _, s := range []struct {
 		name   string
 		change func() error
 		answer bool
 	}{
-		{"upsert with the device's MTU", func() error { return b.path.Apply(t.Context(), []lease.Binding{widened}, nil) }, false},
-		{"upsert with its own", func() error { return b.path.Apply(t.Context(), gatewayTable(), nil) }, true},
-		{"replace", func() error { return b.path.Replace(t.Context(), []lease.Binding{widened}) }, false},
-		{"replace again", func() error { return b.path.Replace(t.Context(), gatewayTable()) }, true},
+		{"upsert with the device's MTU", func() error { return b.path.Apply(ctx, wide, nil) }, false},
+		{"upsert with its own", func() error { return b.path.Apply(ctx, table, nil) }, true},
+		{"replace", func() error { return b.path.Replace(ctx, wide) }, false},
+		{"replace again", func() error { return b.path.Replace(ctx, table) }, true},
 		{"replace by the next process", func() error {
 			if err := b.path.Close(true); err != nil {
 				return err
 			}
 			b.open(t)
-			return b.path.Replace(t.Context(), []lease.Binding{widened})
+			return b.path.Replace(ctx, wide)
 		}, false},
-		{"replace at last", func() error { return b.path.Replace(t.Context(), gatewayTable()) }, true},
+		{"replace at last", func() error { return b.path.Replace(ctx, table) }, true},
 	} {
 		if err := s.change(); err != nil {
 			t.Fatalf("%s: %v", s.name, err)
@@ -146,8 +147,8 @@ func (b *gatewayBed) testHairpinMTU(t *testing.T) {
 	b.expectQuiet(t)
 }
 
-// testSuperPacket: a TCP super-packet that a virtual machine hands over is one packet to the engine, and its segments are
-// what has to fit. Such a packet says how long its segments are, but not how many there are.
+// testSuperPacket: a TCP super-packet that a virtual machine hands over is one packet to the engine, and its segments
+// are what has to fit. Such a packet says how long its segments are, but not how many there are.
 //
 //	IPv4 server > small ttl 64 | TCP | 2000 bytes in segments of 1000
 func (b *gatewayBed) testSuperPacket(t *testing.T) {

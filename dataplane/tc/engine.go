@@ -21,7 +21,7 @@ import (
 
 // layout is part of the pins' path. It changes with every change of a map, so that a new version never reads records of
 // another shape.
-const layout = "1"
+const layout = "2"
 
 // engine is what both roles share: one collection with pinned maps, and pinned links on uplinks and device.
 type engine struct {
@@ -234,7 +234,7 @@ func (e *engine) uplinks(given []string) ([]string, error) {
 	}
 	slices.Sort(out)
 	if len(out) == 0 {
-		return nil, errors.New("data path tc: no uplink: want an interface that is up and has an IPv6 route, or a list of uplinks")
+		return nil, errors.New("data path tc: no uplink: want a list, or an interface that is up and has an IPv6 route")
 	}
 	return out, nil
 }

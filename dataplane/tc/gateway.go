@@ -58,7 +58,8 @@ func NewGateway(log *slog.Logger) (*Gateway, error) {
 		return nil, err
 	}
 	return &Gateway{e: engine{
-		log: log, role: "gateway", spec: loadGateway, eth: "gateway_uplink_eth", l3: "gateway_uplink_l3", device: "gateway_device",
+		log: log, role: "gateway", spec: loadGateway,
+		eth: "gateway_uplink_eth", l3: "gateway_uplink_l3", device: "gateway_device",
 	}}, nil
 }
 

@@ -21,7 +21,6 @@ import (
 // leaseRecord is struct lease of host.c.
 type leaseRecord struct {
 	Addr      [4]byte
-	MTU       uint32
 	Host, TEP [16]byte
 }
 
@@ -114,7 +113,7 @@ func (h *Host) setLease(b *lease.Binding, deadline uint64) error {
 	if b == nil {
 		return errors.Join(h.e.put("deadline", uint64(0)), h.e.put("lease", leaseRecord{}))
 	}
-	r := leaseRecord{Addr: b.Addr.As4(), MTU: uint32(b.MTU), Host: b.Host.As16(), TEP: b.TEP.As16()}
+	r := leaseRecord{Addr: b.Addr.As4(), Host: b.Host.As16(), TEP: b.TEP.As16()}
 	return errors.Join(h.e.put("lease", r), h.e.put("deadline", deadline))
 }
 

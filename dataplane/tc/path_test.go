@@ -222,7 +222,7 @@ func (p *pattern) Read(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// TestRestartKeepsForwarding: a gateway process that dies loses no packet, and neither does the next one that takes over.
+// TestRestartKeepsForwarding: a gateway process that dies loses no packet, and neither does the next one.
 func TestRestartKeepsForwarding(t *testing.T) {
 	l := newLab(t)
 	ctx := t.Context()

@@ -35,7 +35,8 @@ func (e *UnsupportedError) Unwrap() error { return e.Err }
 func (k Kernel) Check() error {
 	switch {
 	case k.Decap != nil:
-		return &UnsupportedError{"BPF decapsulation of IPv4 in IPv6 (BPF_F_ADJ_ROOM_DECAP_L3_IPV4)", "6.3", k.Release, k.Decap}
+		const decap = "BPF decapsulation of IPv4 in IPv6 (BPF_F_ADJ_ROOM_DECAP_L3_IPV4)"
+		return &UnsupportedError{decap, "6.3", k.Release, k.Decap}
 	case k.TCX != nil:
 		return &UnsupportedError{"TCX links", "6.6", k.Release, k.TCX}
 	}

@@ -17,8 +17,8 @@ const routeProtocol = 213
 
 // mtuRoutes gives every binding with a narrower tunnel than the device's a route with that MTU. It is the kernel that
 // forwards to the device: knowing the MTU it answers "fragmentation needed" (RFC 1191), with its own rate limit and
-// source address, and fragments what may be fragmented, super-packets too. Port sets share an address, so that they have
-// no MTU of their own. The routes go with the device.
+// source address, and fragments what may be fragmented, super-packets too. Port sets share an address: they have no
+// MTU of their own. The routes go with the device.
 type mtuRoutes struct {
 	nl     *netlink.Handle
 	device int    // ifindex
@@ -26,7 +26,8 @@ type mtuRoutes struct {
 	have   map[netip.Addr]uint16
 }
 
-// resetRoutes begins with the routes that the kernel has, of a process before this one or for another MTU of the device.
+// resetRoutes begins with the routes that the kernel has: of a process before this one, or for another MTU of the
+// device.
 func (g *Gateway) resetRoutes() error {
 	ix, err := ifindex(g.e.name)
 	if err != nil {

@@ -43,8 +43,17 @@ func TestKernelCheck(t *testing.T) {
 		want string
 	}{
 		{"good", Kernel{Release: "6.12.1"}, ""},
-		{"old", Kernel{Release: "6.1.0-56-amd64", TCX: no, Decap: no}, "data path tc: kernel 6.1.0-56-amd64 has no BPF decapsulation of IPv4 in IPv6 (BPF_F_ADJ_ROOM_DECAP_L3_IPV4): want 6.3 or later (invalid argument)"},
-		{"between", Kernel{Release: "6.5.0", TCX: no}, "data path tc: kernel 6.5.0 has no TCX links: want 6.6 or later (invalid argument)"},
+		{
+			"old",
+			Kernel{Release: "6.1.0-56-amd64", TCX: no, Decap: no},
+			"data path tc: kernel 6.1.0-56-amd64 has no BPF decapsulation of IPv4 in IPv6 " +
+				"(BPF_F_ADJ_ROOM_DECAP_L3_IPV4): want 6.3 or later (invalid argument)",
+		},
+		{
+			"between",
+			Kernel{Release: "6.5.0", TCX: no},
+			"data path tc: kernel 6.5.0 has no TCX links: want 6.6 or later (invalid argument)",
+		},
 	} {
 		got := ""
 		if err := c.k.Check(); err != nil {

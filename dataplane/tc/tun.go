@@ -28,7 +28,8 @@ func openTUN(nl *netlink.Handle, name string, persistent bool) (*os.File, error)
 	l, err := nl.LinkByName(name)
 	switch {
 	case err == nil && (l.Type() != "tuntap" || l.Attrs().Alias != alias):
-		return nil, fmt.Errorf("device %s exists and is not ours (type %s, alias %q): remove it or configure another name", name, l.Type(), l.Attrs().Alias)
+		return nil, fmt.Errorf("device %s exists and is not ours (type %s, alias %q): remove it or configure another name",
+			name, l.Type(), l.Attrs().Alias)
 	case err != nil && !errors.As(err, &gone):
 		return nil, fmt.Errorf("device %s: %w", name, err)
 	}

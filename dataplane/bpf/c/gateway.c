@@ -41,7 +41,8 @@ static __always_inline int fits(struct __sk_buff *skb, __u32 at, const struct ip
 
 /* hairpin sends a packet from one host straight to another: the outer header is rewritten in place, because a packet
  * that was decapsulated keeps tunnel state and cannot be encapsulated again. */
-static __always_inline int hairpin(struct __sk_buff *skb, struct counters *c, const struct config *cfg, __u32 l2, int len, struct iphdr *ip, __u32 bytes, const struct binding *to)
+static __always_inline int hairpin(struct __sk_buff *skb, struct counters *c, const struct config *cfg, __u32 l2,
+				   int len, struct iphdr *ip, __u32 bytes, const struct binding *to)
 {
 	struct in6_addr src = to->tep, dst = to->host;
 	__u8 ttl = ip->ttl, hops = cfg->hop_limit;

@@ -5,7 +5,6 @@
 
 struct lease { /* addr 0 = none */
 	__be32 addr;
-	__u32 mtu; /* inner bytes, host order */
 	struct in6_addr host;
 	struct in6_addr tep;
 };
@@ -70,14 +69,16 @@ static __always_inline void ports(struct __sk_buff *skb, __u32 at, const struct 
 }
 
 /* rewrite changes one address of the packet and every checksum that covers it. */
-static __always_inline int rewrite(struct __sk_buff *skb, __u32 at, const struct iphdr *ip, __u32 field, __be32 from, __be32 to)
+static __always_inline int rewrite(struct __sk_buff *skb, __u32 at, const struct iphdr *ip, __u32 field, __be32 from,
+				   __be32 to)
 {
+	const __u64 tcp = BPF_F_PSEUDO_HDR | 4, udp = tcp | BPF_F_MARK_MANGLED_0; /* the latter: 0 stays 0 (RFC 768) */
 	__u32 l4 = at + ip->ihl * 4;
 
 	if (!(ip->frag_off & bpf_htons(0x1fff))) {
-		if (ip->protocol == IPPROTO_TCP && bpf_l4_csum_replace(skb, l4 + 16, from, to, BPF_F_PSEUDO_HDR | 4))
+		if (ip->protocol == IPPROTO_TCP && bpf_l4_csum_replace(skb, l4 + 16, from, to, tcp))
 			return -1;
-		if (ip->protocol == IPPROTO_UDP && bpf_l4_csum_replace(skb, l4 + 6, from, to, BPF_F_PSEUDO_HDR | BPF_F_MARK_MANGLED_0 | 4))
+		if (ip->protocol == IPPROTO_UDP && bpf_l4_csum_replace(skb, l4 + 6, from, to, udp))
 			return -1;
 	}
 	if (bpf_l3_csum_replace(skb, at + 10, from, to, 4))

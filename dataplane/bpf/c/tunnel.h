@@ -5,12 +5,34 @@
 
 #include "dstm.h"
 
+/* ignorable says whether every option of an 8-byte header may be skipped by who does not know it (RFC 8200 section
+ * 4.2): the two highest bits of its type are 0, as those of the tunnel encapsulation limit (RFC 2473 section 4.1.1) are.
+ * Returns 0 or a drop reason. */
+static __always_inline int ignorable(const __u8 *opt)
+{
+	int want = 0, value = 0; /* want: the next byte is a length; value: bytes of the option still to come */
+
+	for (int i = 2; i < 8; i++) {
+		if (value) {
+			value--;
+		} else if (want) {
+			value = opt[i];
+			want = 0;
+		} else if (opt[i] >> 6) {
+			return DROP_OPTION;
+		} else {
+			want = opt[i] != 0; /* Pad1 has no length */
+		}
+	}
+	return want || value ? DROP_MALFORMED : 0;
+}
+
 /* strip returns how many bytes stand in front of the inner packet, 0 when this is no tunnel packet, or a negative drop
- * reason. A destination options header is taken when it is 8 bytes long and holds a tunnel encapsulation limit or
- * padding, as Linux's ip6tnl sends it (RFC 2473 section 4.1.1). */
+ * reason. A destination options header is taken when it is 8 bytes long, as Linux's ip6tnl sends it. */
 static __always_inline int strip(struct __sk_buff *skb, __u32 l2, const struct ipv6hdr *o)
 {
 	__u8 opt[8];
+	int why;
 
 	if (o->nexthdr == IPPROTO_IPIP)
 		return OUTER;
@@ -20,18 +42,13 @@ static __always_inline int strip(struct __sk_buff *skb, __u32 l2, const struct i
 		return -DROP_MALFORMED;
 	if (opt[0] != IPPROTO_IPIP)
 		return 0;
-	if (opt[1] != 0)
-		return -DROP_OPTION;
-	if (opt[2] == 4 && opt[3] == 1) /* the limit, then padding to the end */
-		return (opt[5] == 1 && opt[6] == 1) || (opt[5] == 0 && opt[6] == 0 && opt[7] == 0) ? OUTER + 8 : -DROP_OPTION;
-	if (opt[2] == 1 && opt[3] == 4) /* PadN */
-		return OUTER + 8;
-	return -DROP_OPTION;
+	why = opt[1] ? DROP_OPTION : ignorable(opt);
+	return why ? -why : OUTER + 8;
 }
 
-/* room returns how many bytes the outer header leaves to the inner packet behind the first `len`, 0 when the outer packet
- * is cut short. What stands in the frame behind the payload is nobody's. The lengths of a super-packet are written by
- * segmentation. */
+/* room returns how many bytes the outer header leaves to the inner packet behind the first `len`, 0 when the outer
+ * packet is cut short. What stands in the frame behind the payload is nobody's. The lengths of a super-packet are
+ * written by segmentation. */
 static __always_inline __u32 room(struct __sk_buff *skb, __u32 l2, __u32 len, const struct ipv6hdr *o)
 {
 	__u32 end = OUTER + bpf_ntohs(o->payload_len);
@@ -63,7 +80,8 @@ static __always_inline int set_tos(struct __sk_buff *skb, __u32 at, const struct
 
 /* decap removes the outer header. The inner packet then stands behind the link header, with the ECN field of RFC 6040
  * figure 4. Returns 0 or a drop reason. */
-static __always_inline int decap(struct __sk_buff *skb, __u32 l2, int len, const struct ipv6hdr *o, const struct iphdr *ip)
+static __always_inline int decap(struct __sk_buff *skb, __u32 l2, int len, const struct ipv6hdr *o,
+				 const struct iphdr *ip)
 {
 	__u8 oe = (bpf_ntohl(*(__be32 *)o) >> 20) & 3, ie = ip->tos & 3, tos = ip->tos;
 
@@ -91,7 +109,8 @@ static __always_inline __u32 label(struct __sk_buff *skb, const struct iphdr *ip
 {
 	__u32 ports = 0, h;
 
-	if (!(ip->frag_off & bpf_htons(0x3fff)) && (ip->protocol == IPPROTO_TCP || ip->protocol == IPPROTO_UDP || ip->protocol == IPPROTO_SCTP))
+	if (!(ip->frag_off & bpf_htons(0x3fff)) &&
+	    (ip->protocol == IPPROTO_TCP || ip->protocol == IPPROTO_UDP || ip->protocol == IPPROTO_SCTP))
 		bpf_skb_load_bytes(skb, ip->ihl * 4, &ports, 4);
 	h = ip->saddr * 0x9e3779b1 ^ ip->daddr * 0x85ebca6b ^ ports * 0xc2b2ae35 ^ ip->protocol;
 	h ^= h >> 15;
@@ -101,9 +120,10 @@ static __always_inline __u32 label(struct __sk_buff *skb, const struct iphdr *ip
 }
 
 /* output sends an IPv6 packet on the way that routing has for its destination. `device` is the interface in whose
- * forwarding context we ask. The link header must be there; it does not count for the MTU, so that the length is given to
- * the look-up. A super-packet was cut to fit by who made it. Returns a verdict. */
-static __always_inline int output(struct __sk_buff *skb, struct counters *c, __u32 device, const struct in6_addr *src, const struct in6_addr *dst, __u32 len)
+ * forwarding context we ask. The link header must be there; it does not count for the MTU, so that the length is given
+ * to the look-up. The segments of a super-packet fit the TUN already. Returns a verdict. */
+static __always_inline int output(struct __sk_buff *skb, struct counters *c, __u32 device, const struct in6_addr *src,
+				  const struct in6_addr *dst, __u32 len)
 {
 	struct bpf_fib_lookup f = {};
 	long rc;
@@ -124,7 +144,8 @@ static __always_inline int output(struct __sk_buff *skb, struct counters *c, __u
 }
 
 /* encap puts an outer header in front of the IPv4 packet that leaves the TUN, and sends it. */
-static __always_inline int encap(struct __sk_buff *skb, struct counters *c, const struct config *cfg, const struct iphdr *ip, const struct in6_addr *src, const struct in6_addr *dst)
+static __always_inline int encap(struct __sk_buff *skb, struct counters *c, const struct config *cfg,
+				 const struct iphdr *ip, const struct in6_addr *src, const struct in6_addr *dst)
 {
 	struct ipv6hdr o = {};
 	__u32 len = skb->len;
