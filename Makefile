@@ -48,6 +48,12 @@ test: check ## all tests, privileged ones included (needs root)
 	hack/deps test
 	DSTM_TEST_ROOT=1 $(GO) test -timeout 10m ./...
 
+.PHONY: lab
+lab: ## build and run the whole system in network namespaces, and leave it up (needs root)
+	hack/deps lab
+	@$(MAKE) --no-print-directory build
+	@hack/lab
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME each
 	hack/fuzz $(FUZZTIME)
