@@ -68,6 +68,10 @@ func desiredKernel(c *Config, pools []netip.Prefix) netcfg.Desired {
 			"net/ipv6/conf/" + t.Device + "/forwarding": "1",
 			// A TUN without a reader has no carrier; the pool's route must outlive the daemon all the same.
 			"net/ipv4/conf/" + t.Device + "/ignore_routes_with_linkdown": "0",
+			// From host to host a packet leaves by the interface that it came in by, which calls for no redirect. The kernel
+			// joins the two by "or"; other interfaces keep their own.
+			"net/ipv4/conf/all/send_redirects":              "0",
+			"net/ipv4/conf/" + t.Device + "/send_redirects": "0",
 		},
 	}
 	for _, p := range pools {

@@ -34,8 +34,9 @@ func TestDesiredKernel(t *testing.T) {
 			{Prefix: poolPfx, Blackhole: true, Metric: 4294967295},
 		},
 		Sysctls: map[string]string{
-			"net/ipv4/ip_forward":                             "1",
-			"net/ipv6/conf/dstm0/forwarding":                  "1",
+			"net/ipv4/ip_forward":              "1",
+			"net/ipv6/conf/dstm0/forwarding":   "1",
+			"net/ipv4/conf/all/send_redirects": "0", "net/ipv4/conf/dstm0/send_redirects": "0",
 			"net/ipv4/conf/dstm0/ignore_routes_with_linkdown": "0",
 		},
 	}
