@@ -115,7 +115,9 @@ const inKernel = `addr 192.0.2.1/32 dev dstm0
 addr 2001:db8:a::1/128 dev lo nodad deprecated
 blackhole 198.51.100.0/24 metric 4294967295
 route 198.51.100.0/24 dev dstm0 metric 1024
+sysctl net/ipv4/conf/all/send_redirects = 0
 sysctl net/ipv4/conf/dstm0/ignore_routes_with_linkdown = 0
+sysctl net/ipv4/conf/dstm0/send_redirects = 0
 sysctl net/ipv4/ip_forward = 1
 sysctl net/ipv6/conf/dstm0/forwarding = 1`
 
