@@ -58,9 +58,41 @@ lab: ## build and run the whole system in network namespaces, and leave it up (n
 fuzz: ## every fuzz target for FUZZTIME each
 	hack/fuzz $(FUZZTIME)
 
+.PHONY: test-full
+test-full: test ## test, and every step of the labs
+	hack/deps lab
+	@$(MAKE) --no-print-directory build
+	@hack/lab && bin/dstm lab down lab/dstm01/dstm01.clab.yml
+
+.PHONY: soak
+soak: ## every fuzz target for a minute
+	hack/fuzz 60s
+
 .PHONY: bench
-bench: ## measure durable leases over TLS and bbolt
-	$(GO) test ./leasesvc -run '^$$' -bench Bind -benchtime 3s
+bench: bench-lease bench-bgp bench-dns bench-path ## measure everything that docs/performance.md shows
+
+.PHONY: bench-lease
+bench-lease: ## durable leases per second over TLS and bbolt
+	@mkdir -p bin
+	$(GO) test ./leasesvc -run '^$$' -bench Bind -benchtime 3s -count 6 >bin/bench-lease.txt
+	$(TOOL) benchstat bin/bench-lease.txt
+
+.PHONY: bench-bgp
+bench-bgp: ## announcing and withdrawing leases
+	@mkdir -p bin
+	$(GO) test ./bgp/gobgp -run '^$$' -bench . -count 6 >bin/bench-bgp.txt
+	$(TOOL) benchstat bin/bench-bgp.txt
+
+.PHONY: bench-dns
+bench-dns: build ## what the plugin costs a query, and how long an answer waits for a lease
+	hack/deps bench
+	hack/bench dns
+	hack/bench answer
+
+.PHONY: bench-path
+bench-path: build ## TCP and ping through the tunnel against plain IPv6
+	hack/deps bench
+	hack/bench path
 
 .PHONY: clean
 clean: ## remove what the build made
