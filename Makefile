@@ -25,11 +25,14 @@ coredns: ## build CoreDNS with the plugin into bin/
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/coredns
 
 .PHONY: install
-install: build ## install programs below PREFIX
+install: build ## install programs and man pages below PREFIX
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/sbin
 	install -m 755 bin/dstm $(DESTDIR)$(PREFIX)/bin/
 	install -m 755 bin/leasesvc bin/tepd bin/dstmd $(DESTDIR)$(PREFIX)/sbin/
 	install -m 755 bin/coredns $(DESTDIR)$(PREFIX)/sbin/dstm-coredns
+	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/man/man8
+	install -m 644 man/dstm.1 $(DESTDIR)$(PREFIX)/share/man/man1/
+	install -m 644 man/leasesvc.8 man/tepd.8 man/dstmd.8 $(DESTDIR)$(PREFIX)/share/man/man8/
 
 .PHONY: gen
 gen: ## regenerate protobuf and BPF code

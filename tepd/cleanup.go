@@ -6,16 +6,14 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-
-	"github.com/dstm-project/dstm/bgp"
 )
 
 // Cleanup removes what tepd put into this machine, and nothing else: the speaker with its announcements, the packet path
 // with its pins and device, addresses, routes, sysctls (back to their old values) and the files of the run directory. It
 // goes on after a failure and returns all of them. With a running tepd it refuses.
 //
-// running returns the speaker that still runs, nil when there is none.
-func Cleanup(ctx context.Context, cfg *Config, d Deps, running func(context.Context) (bgp.Remote, error)) error {
+// endSpeaker makes a speaker that still runs withdraw and end.
+func Cleanup(ctx context.Context, cfg *Config, d Deps, endSpeaker func(context.Context) error) error {
 	unlock, err := lock(cfg.Paths)
 	if err != nil {
 		return err
@@ -27,13 +25,7 @@ func Cleanup(ctx context.Context, cfg *Config, d Deps, running func(context.Cont
 			errs = append(errs, fmt.Errorf("%s: %w", what, err))
 		}
 	}
-	if running != nil {
-		sp, err := running(ctx)
-		if err == nil && sp != nil {
-			err = sp.Close(ctx, bgp.Withdraw)
-		}
-		add("bgp speaker", err)
-	}
+	add("bgp speaker", endSpeaker(ctx))
 	h, err := loadHandover(cfg.Paths)
 	add("handover", err)
 	// Routes and addresses before their device: the kernel would take them along, and netcfg could not tell that they

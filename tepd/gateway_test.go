@@ -380,7 +380,7 @@ func TestOnlyOneRuns(t *testing.T) {
 	if err := w.g.Run(t.Context(), func() {}); !errors.Is(err, ErrRunning) {
 		t.Errorf("Run: %v, want %v", err, ErrRunning)
 	}
-	if err := Cleanup(t.Context(), w.cfg, w.g.Deps, nil); !errors.Is(err, ErrRunning) {
+	if err := Cleanup(t.Context(), w.cfg, w.g.Deps, noSpeaker); !errors.Is(err, ErrRunning) {
 		t.Errorf("Cleanup: %v, want %v", err, ErrRunning)
 	}
 	unlock()
@@ -398,8 +398,8 @@ func TestCleanup(t *testing.T) {
 		w.sync(w.stream(), 1, time.Hour)
 		w.end()
 		w.speaker.log = nil
-		running := func(context.Context) (bgp.Remote, error) { return w.speaker, nil }
-		if err := Cleanup(t.Context(), w.cfg, w.g.Deps, running); err != nil {
+		end := func(ctx context.Context) error { return w.speaker.Close(ctx, bgp.Withdraw) }
+		if err := Cleanup(t.Context(), w.cfg, w.g.Deps, end); err != nil {
 			t.Fatal(err)
 		}
 		if d := cmp.Diff([]string{"cleanup", "remove dstm0"}, w.kernel.log); d != "" {
@@ -430,7 +430,7 @@ func TestCleanupLeavesStrangers(t *testing.T) {
 			t.Fatal(err)
 		}
 		got := ""
-		if err := Cleanup(t.Context(), w.cfg, w.g.Deps, nil); err != nil {
+		if err := Cleanup(t.Context(), w.cfg, w.g.Deps, noSpeaker); err != nil {
 			got = err.Error()
 		}
 		if got != c.want {
@@ -453,3 +453,5 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("%s: %s", p.Metric, p.Text)
 	}
 }
+
+func noSpeaker(context.Context) error { return nil }

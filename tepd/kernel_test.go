@@ -96,7 +96,7 @@ func TestGatewayInKernel(t *testing.T) {
 
 	command(t, "ip route del default")
 	d := Deps{Path: &tunPath{fakePath: &fakePath{t: t}}, Kernel: w.kernel()}
-	if err := Cleanup(t.Context(), w.cfg, d, nil); err != nil {
+	if err := Cleanup(t.Context(), w.cfg, d, noSpeaker); err != nil {
 		t.Fatal(err)
 	}
 	if got := command(t, "ip -o addr | grep -v fe80; ip route"); got != addrs {

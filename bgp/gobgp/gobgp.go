@@ -273,12 +273,12 @@ func (s *Speaker) Close(ctx context.Context, mode bgp.CloseMode) error {
 
 // drain marks every route and waits, as long as ctx leaves time for what comes after.
 func (s *Speaker) drain(ctx context.Context) error {
-	var any bool
+	var announced bool
 	err := s.do(ctx, func() error {
 		if s.srv == nil || len(s.paths) == 0 {
 			return nil
 		}
-		any = true
+		announced = true
 		var marked []bgp.Route
 		for _, p := range s.prefixes() {
 			r := s.paths[p]
@@ -289,7 +289,7 @@ func (s *Speaker) drain(ctx context.Context) error {
 		}
 		return s.announce(marked)
 	})
-	if err != nil || !any {
+	if err != nil || !announced {
 		return err
 	}
 	wait := drainWait

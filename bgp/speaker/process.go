@@ -81,16 +81,17 @@ func (p *Process) Attach(ctx context.Context) (s bgp.Remote, reattached bool, er
 	return p.cur, false, nil
 }
 
-// Running returns the speaker that runs; nil when there is none.
-func (p *Process) Running(ctx context.Context) (bgp.Remote, error) {
+// End makes the speaker that runs withdraw everything and end, and kills it when it does not answer. None is no error.
+func (p *Process) End(ctx context.Context) error {
 	r, err := p.find(ctx)
 	switch {
+	case err == nil:
+		return r.Close(ctx, bgp.Withdraw)
 	case errors.Is(err, plugproc.ErrNone):
-		return nil, nil
-	case err != nil:
-		return nil, err
+		return nil
 	}
-	return r, nil
+	p.Log.Warn("bgp speaker is killed", "reason", err)
+	return p.config().Kill()
 }
 
 // find returns a speaker that has just answered.

@@ -82,8 +82,8 @@ func TestContractAcrossProcesses(t *testing.T) {
 func TestAttach(t *testing.T) {
 	p := newProcess(t)
 	ctx := timeout(t)
-	if s, err := p.Running(ctx); s != nil || err != nil {
-		t.Fatalf("running before the start: %v, %v", s, err)
+	if err := p.End(ctx); err != nil {
+		t.Fatalf("end before the start: %v", err)
 	}
 	first, reattached, err := p.Attach(ctx)
 	if err != nil || reattached {
@@ -114,19 +114,17 @@ func TestAttach(t *testing.T) {
 		}
 		return nil
 	})
-	third, reattached, err := q.Attach(ctx)
+	_, reattached, err = q.Attach(ctx)
 	if err != nil || reattached || q.cur.proc.PID() == pid {
 		t.Fatalf("after its death: %v, reattached %t", err, reattached)
 	}
-	if err := third.Close(ctx, bgp.Withdraw); err != nil {
-		t.Error(err)
-	}
-	if s, err := q.Running(ctx); s != nil || err != nil {
-		t.Errorf("running after Close: %v, %v", s, err)
+	third := q.cur.proc
+	if err := p.End(ctx); err != nil || !third.Exited() {
+		t.Errorf("end: %v, exited %t", err, third.Exited())
 	}
 	for _, f := range []string{"speaker.json", "speaker"} {
 		if _, err := os.Stat(filepath.Join(p.Dir, f)); err == nil {
-			t.Errorf("%s stays after Close", f)
+			t.Errorf("%s stays after End", f)
 		}
 	}
 }
@@ -144,6 +142,13 @@ func TestWedged(t *testing.T) {
 	q := processIn(t, p.Dir)
 	if _, reattached, err := q.Attach(timeout(t)); err != nil || reattached || q.cur.proc.PID() == pid {
 		t.Errorf("attach: %v, reattached %t, pid %d", err, reattached, q.cur.proc.PID())
+	}
+	second := q.cur.proc
+	if err := unix.Kill(second.PID(), unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if err := processIn(t, p.Dir).End(timeout(t)); err != nil || !second.Exited() {
+		t.Errorf("end: %v, exited %t", err, second.Exited())
 	}
 }
 

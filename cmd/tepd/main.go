@@ -82,7 +82,7 @@ func start(ctx context.Context, cfg *tepd.Config, clean bool, errOut io.Writer) 
 		return err
 	}
 	if clean {
-		return tepd.Cleanup(ctx, cfg, d, speakers.Running)
+		return tepd.Cleanup(ctx, cfg, d, speakers.End)
 	}
 	if cfg.BGP.Enabled() {
 		d.Speakers = speakers

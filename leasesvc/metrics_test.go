@@ -1,0 +1,30 @@
+package leasesvc
+
+import (
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/dstm-project/dstm/lease"
+)
+
+func TestMetrics(t *testing.T) {
+	r := prometheus.NewRegistry()
+	m := newMetrics(r)
+	m.binds.WithLabelValues("granted").Inc()
+	m.ended.WithLabelValues("idle").Inc()
+	m.hints.WithLabelValues("ready").Inc()
+	m.refused.WithLabelValues("role").Inc()
+	m.observe(nil, 3, []lease.TEPStatus{{}})
+	problems, err := testutil.GatherAndLint(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		t.Errorf("%s: %s", p.Metric, p.Text)
+	}
+	if n, err := testutil.GatherAndCount(r); err != nil || n < 8 {
+		t.Errorf("%d series, %v", n, err)
+	}
+}
