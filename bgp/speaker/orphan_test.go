@@ -1,7 +1,9 @@
 package speaker
 
 import (
+	"bytes"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -13,11 +15,50 @@ import (
 	"github.com/dstm-project/dstm/bgp"
 )
 
+// starterRole makes the test binary start a speaker in the directory that is its value, and kill itself.
+const starterRole = "DSTM_TEST_STARTER"
+
+func startByAnother(t *testing.T, dir string, stderr *os.File) {
+	t.Helper()
+	c := exec.Command("/proc/self/exe", "-test.run=^TestSurvivesItsStarter$")
+	c.Env = append(os.Environ(), starterRole+"="+dir)
+	var out bytes.Buffer
+	c.Stdout, c.Stderr = &out, &out
+	if stderr != nil {
+		c.Stderr = stderr
+	}
+	if err := c.Run(); err == nil || !strings.Contains(out.String(), "started ") {
+		t.Fatalf("starter: %v\n%s", err, out.String())
+	}
+}
+
+// TestJournal has a socket as standard error, as a unit of systemd has: the speaker goes on writing there, and no file.
+func TestJournal(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours, theirs := os.NewFile(uintptr(pair[0]), "ours"), os.NewFile(uintptr(pair[1]), "theirs")
+	defer ours.Close()
+	p := newProcess(t)
+	startByAnother(t, p.Dir, theirs)
+	theirs.Close()
+	if err := p.End(timeout(t)); err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(ours) // ends with the last process that has the other end
+	if err != nil || !strings.Contains(string(got), "speaker started") || !strings.Contains(string(got), "closed by tepd") {
+		t.Errorf("read %q, %v", got, err)
+	}
+	if _, err := os.Stat(p.config().LogPath()); err == nil {
+		t.Error("there is a log file as well")
+	}
+}
+
 // TestSurvivesItsStarter kills the process that started a speaker, which writes more to its log afterwards than a pipe
 // holds.
 func TestSurvivesItsStarter(t *testing.T) {
-	const role = "DSTM_TEST_STARTER"
-	if dir := os.Getenv(role); dir != "" {
+	if dir := os.Getenv(starterRole); dir != "" {
 		p := processIn(t, dir)
 		if _, _, err := p.Attach(timeout(t)); err != nil {
 			t.Fatal(err)
@@ -28,12 +69,7 @@ func TestSurvivesItsStarter(t *testing.T) {
 		}
 	}
 	p := newProcess(t)
-	c := exec.Command("/proc/self/exe", "-test.run=^TestSurvivesItsStarter$")
-	c.Env = append(os.Environ(), role+"="+p.Dir)
-	out, err := c.CombinedOutput()
-	if err == nil || !strings.Contains(string(out), "started ") {
-		t.Fatalf("starter: %v\n%s", err, out)
-	}
+	startByAnother(t, p.Dir, nil)
 	s, reattached, err := p.Attach(timeout(t))
 	if err != nil || !reattached {
 		t.Fatalf("attach: %v, reattached %t", err, reattached)
