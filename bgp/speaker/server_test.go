@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -35,6 +36,7 @@ func testConf() bgp.Config {
 
 // fakeSpeaker writes down what it is told.
 type fakeSpeaker struct {
+	mu    sync.Mutex
 	trace []string
 	conf  bgp.Config
 	set   bgp.RouteSet
@@ -42,6 +44,8 @@ type fakeSpeaker struct {
 }
 
 func (f *fakeSpeaker) note(format string, a ...any) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	f.trace = append(f.trace, fmt.Sprintf(format, a...))
 	return f.err
 }
@@ -70,6 +74,8 @@ func (f *fakeSpeaker) Status(context.Context) (bgp.Status, error) {
 func (f *fakeSpeaker) Close(_ context.Context, m bgp.CloseMode) error { return f.note("close %d", m) }
 
 func (f *fakeSpeaker) take() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	defer func() { f.trace = nil }()
 	return f.trace
 }
