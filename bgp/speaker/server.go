@@ -48,6 +48,8 @@ type Server struct {
 // NewServer returns a server for impl. Its orphan time runs from here.
 func NewServer(impl bgp.Speaker, log *slog.Logger) *Server {
 	s := &Server{impl: impl, log: log, end: make(chan string, 1), beat: time.Now()}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.conf.Orphan = firstOrphan
 	s.orphan = time.AfterFunc(firstOrphan, s.orphaned)
 	return s
