@@ -53,7 +53,7 @@ type Refused struct {
 	Reason string
 }
 
-// Advertised is what is announced after a Set, also when Set returns an error.
+// Advertised is what is announced after a Set without error; after one with an error, Status knows.
 type Advertised struct {
 	Prefixes []netip.Prefix
 	Refused  []Refused

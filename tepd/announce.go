@@ -210,11 +210,11 @@ func (a *announcer) send(ctx context.Context, routes []bgp.Route, notAfter time.
 	defer cancel()
 	a.version++
 	adv, err := a.sp.Set(ctx, bgp.RouteSet{Version: a.version, Routes: routes, NotAfter: notAfter})
-	a.g.metrics.announced.Set(float64(len(adv.Prefixes)))
 	if err != nil {
 		a.known = false
 		return fmt.Errorf("set: %w", err)
 	}
+	a.g.metrics.announced.Set(float64(len(adv.Prefixes)))
 	for _, r := range adv.Refused {
 		a.g.Log.Error("route refused by the speaker", "route", r.Prefix.String(), "reason", r.Reason)
 	}

@@ -171,16 +171,17 @@ func (s *Speaker) Set(ctx context.Context, set bgp.RouteSet) (bgp.Advertised, er
 			err = s.changePeers(nil, s.conf.Peers)
 			s.open = err == nil
 		}
-		if err == nil {
-			s.ver = set.Version
+		if err != nil {
+			return err
 		}
+		s.ver = set.Version
 		adv = bgp.Advertised{Prefixes: s.prefixes(), Refused: refused}
-		return err
+		return nil
 	})
-	if err != nil && len(adv.Prefixes) == 0 {
+	if err != nil { // adv may still be written to when ctx ended first
 		return bgp.Advertised{}, err
 	}
-	return adv, err
+	return adv, nil
 }
 
 // announce makes the announced paths equal to routes: what is new before what goes.
@@ -249,8 +250,11 @@ func (s *Speaker) Status(ctx context.Context) (bgp.Status, error) {
 			st.Peers = append(st.Peers, s.peerState(p))
 		})
 	})
+	if err != nil { // st may still be written to when ctx ended first
+		return bgp.Status{}, err
+	}
 	slices.SortFunc(st.Peers, func(a, b bgp.PeerState) int { return a.Address.Compare(b.Address) })
-	return st, err
+	return st, nil
 }
 
 // Close implements bgp.Speaker. After it only the end of the process is left: with Keep the kernel then closes the
