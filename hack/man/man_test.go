@@ -2,17 +2,21 @@
 package man
 
 import (
-	"go/ast"
-	"go/parser"
-	"go/token"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
 	"regexp"
-	"strconv"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/goccy/go-yaml"
+
+	"github.com/dstm-project/dstm/hostd"
+	"github.com/dstm-project/dstm/leasesvc"
+	"github.com/dstm-project/dstm/tepd"
 )
 
 const root = "../.."
@@ -24,61 +28,152 @@ func page(t *testing.T, name string) string {
 		t.Fatal(err)
 	}
 	// The width of a list is given by one of its words.
-	return regexp.MustCompile(`(?m)^\.Bl .*$`).ReplaceAllString(string(b), "")
+	return regexp.MustCompile(`(?m)^\.Bl .*$`).ReplaceAllString(string(b), ".Bl")
 }
 
-// names reports whether the page has the word as a word of its own.
-func names(page, word string) bool {
-	return regexp.MustCompile(`(^|[^A-Za-z0-9_-])` + regexp.QuoteMeta(word) + `($|[^A-Za-z0-9_-])`).MatchString(page)
+// key is a key of a configuration.
+type key struct {
+	path string // lease_service.tls.cert; of a list's elements like of a section
+	def  string // as the page should have it, "" = none
 }
 
-// yamlKeys returns every key of the configuration structs in the files, by their tags.
-func yamlKeys(t *testing.T, files ...string) []string {
-	t.Helper()
-	var keys []string
-	for _, f := range files {
-		tree, err := parser.ParseFile(token.NewFileSet(), filepath.Join(root, f), nil, 0)
-		if err != nil {
-			t.Fatal(err)
+// structKeys returns the keys below v, a configuration with its defaults.
+func structKeys(v reflect.Value, prefix string) []key {
+	var keys []key
+	for i := range v.NumField() {
+		name, _, _ := strings.Cut(v.Type().Field(i).Tag.Get("yaml"), ",")
+		if name == "" || name == "-" {
+			continue
 		}
-		ast.Inspect(tree, func(n ast.Node) bool {
-			field, ok := n.(*ast.Field)
-			if !ok || field.Tag == nil {
-				return true
+		f, path := v.Field(i), prefix+name
+		keys = append(keys, key{path, text(f)})
+		if f.Kind() == reflect.Slice {
+			f = reflect.Zero(f.Type().Elem())
+		}
+		if f.Kind() == reflect.Struct {
+			keys = append(keys, structKeys(f, path+".")...)
+		}
+	}
+	return keys
+}
+
+// text says a default as one writes it.
+func text(v reflect.Value) string {
+	if v.IsZero() || v.Kind() == reflect.Slice {
+		return ""
+	}
+	switch x := v.Interface().(type) {
+	case time.Duration:
+		s := x.String()
+		if strings.HasSuffix(s, "m0s") {
+			s = strings.TrimSuffix(s, "0s")
+		}
+		if strings.HasSuffix(s, "h0m") {
+			s = strings.TrimSuffix(s, "0m")
+		}
+		return s
+	case fmt.Stringer: // addresses and prefixes
+		return x.String()
+	}
+	if v.Kind() == reflect.Struct {
+		return ""
+	}
+	return fmt.Sprint(v.Interface())
+}
+
+// fileKeys returns the keys of a YAML file.
+func fileKeys(t *testing.T, name string) []key {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(root, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var doc map[string]any
+	if err := yaml.Unmarshal(b, &doc); err != nil {
+		t.Fatal(err)
+	}
+	var keys []key
+	var walk func(m map[string]any, prefix string)
+	walk = func(m map[string]any, prefix string) {
+		for name, v := range m {
+			keys = append(keys, key{path: prefix + name})
+			if below, ok := v.(map[string]any); ok {
+				walk(below, prefix+name+".")
 			}
-			tag, err := strconv.Unquote(field.Tag.Value)
-			if err != nil {
-				t.Fatal(err)
+		}
+	}
+	walk(doc, "")
+	return keys
+}
+
+// pageKeys returns what a page's section CONFIGURATION says of each key: the items of its nested lists.
+func pageKeys(t *testing.T, page string) map[string]string {
+	t.Helper()
+	_, section, found := strings.Cut(page, "\n.Sh CONFIGURATION\n")
+	if !found {
+		t.Fatal("no section CONFIGURATION")
+	}
+	section, _, _ = strings.Cut(section, "\n.Sh ")
+	keys := map[string]string{}
+	var path []string // an element for each list that is open, "" before its first item
+	for line := range strings.Lines(section) {
+		line = strings.TrimSpace(line)
+		macro, rest, _ := strings.Cut(line, " ")
+		switch at := strings.Join(path, "."); {
+		case macro == ".Bl":
+			path = append(path, "")
+		case macro == ".El":
+			path = path[:len(path)-1]
+		case macro == ".It":
+			name, ok := strings.CutPrefix(rest, "Ic ")
+			if !ok || strings.Contains(name, " ") {
+				t.Errorf("item %q: want one key", line)
 			}
-			if key, _, _ := strings.Cut(reflect.StructTag(tag).Get("yaml"), ","); key != "" && key != "-" {
-				keys = append(keys, key)
+			path[len(path)-1] = name
+			at = strings.Join(path, ".")
+			if _, twice := keys[at]; twice {
+				t.Errorf("%s stands there twice", at)
 			}
-			return true
-		})
+			keys[at] = ""
+		case at == "":
+		case strings.HasPrefix(macro, "."):
+			keys[at] += " " + rest
+		default:
+			keys[at] += " " + line
+		}
 	}
 	return keys
 }
 
 func TestConfigurationKeys(t *testing.T) {
-	shared := []string{"internal/daemon/log.go", "internal/tlsid/source.go"}
-	for name, c := range map[string]struct {
-		files []string
-		least int
-	}{
-		"leasesvc.8": {append(shared, "leasesvc/config.go"), 40},
-		"tepd.8":     {append(shared, "tepd/config.go"), 45},
-		"dstmd.8":    {append(shared, "hostd/config.go"), 25},
-		"dstm.1":     {[]string{"internal/tlsid/source.go", "cmd/dstm/config.go"}, 8},
+	var svc leasesvc.Config
+	var tep tepd.Config
+	var host hostd.Config
+	svc.Defaults()
+	tep.Defaults()
+	host.Defaults()
+	for name, want := range map[string][]key{
+		"leasesvc.8": structKeys(reflect.ValueOf(svc), ""),
+		"tepd.8":     structKeys(reflect.ValueOf(tep), ""),
+		"dstmd.8":    structKeys(reflect.ValueOf(host), ""),
+		"dstm.1":     fileKeys(t, "deploy/dstm.yaml"),
 	} {
-		text, keys := page(t, name), yamlKeys(t, c.files...)
-		if len(keys) < c.least {
-			t.Errorf("%s: only %d keys were found in the sources", name, len(keys))
-		}
-		for _, k := range keys {
-			if !names(text, k) {
-				t.Errorf("%s: key %s is missing", name, k)
+		t.Run(name, func(t *testing.T) {
+			said := pageKeys(t, page(t, name))
+			for _, k := range want {
+				what, there := said[k.path]
+				delete(said, k.path)
+				switch {
+				case !there:
+					t.Errorf("%s is missing", k.path)
+				case k.def != "" && !regexp.MustCompile(`Default: `+regexp.QuoteMeta(k.def)+`( ?[.;,]|$)`).MatchString(what):
+					t.Errorf("%s: the default is %s, the page says:%s", k.path, k.def, what)
+				}
 			}
-		}
+			for path := range said {
+				t.Errorf("%s is no key", path)
+			}
+		})
 	}
 }
 
@@ -109,8 +204,32 @@ var (
 	toolSub    = regexp.MustCompile(`(?m)^  ([a-z]+) {2,}`)
 )
 
-func TestFlags(t *testing.T) {
+func TestPrograms(t *testing.T) {
 	bin := build(t)
+	t.Run("flags", func(t *testing.T) { testFlags(t, bin) })
+	t.Run("examples", func(t *testing.T) { testExamples(t, bin) })
+}
+
+// testExamples gives the configuration in each daemon's page to the daemon.
+func testExamples(t *testing.T, bin string) {
+	for _, d := range []string{"leasesvc", "tepd", "dstmd"} {
+		_, example, found := strings.Cut(page(t, d+".8"), "\n.Bd -literal -offset indent\ncell: ")
+		example, _, ended := strings.Cut(example, "\n.Ed\n")
+		if !found || !ended {
+			t.Errorf("%s.8: no example of a configuration", d)
+			continue
+		}
+		file := filepath.Join(t.TempDir(), d+".yaml")
+		if err := os.WriteFile(file, []byte("cell: "+example+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.Command(filepath.Join(bin, d), "-t", "-c", file).CombinedOutput(); err != nil {
+			t.Errorf("%s.8: %v\n%s", d, err, out)
+		}
+	}
+}
+
+func testFlags(t *testing.T, bin string) {
 	for _, d := range []string{"leasesvc", "tepd", "dstmd"} {
 		text := page(t, d+".8")
 		flags := daemonFlag.FindAllStringSubmatch(help(t, filepath.Join(bin, d), "-h"), -1)
