@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -172,5 +173,42 @@ func TestRulesCanFail(t *testing.T) {
 		if len(violations([]pkg{{ImportPath: module + c.from, Imports: []string{c.to}}})) == 0 {
 			t.Errorf("%s importing %s is not found", c.from, c.to)
 		}
+	}
+}
+
+// TestPluginRaisesNothing: a CoreDNS that gets the plugin keeps the versions of its own go.mod.
+func TestPluginRaisesNothing(t *testing.T) {
+	run := func(args ...string) string {
+		cmd := exec.Command("go", args...)
+		cmd.Dir = "../.."
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("go %v: %v", args, err)
+		}
+		return strings.TrimSpace(string(out))
+	}
+	b, err := os.ReadFile(run("list", "-m", "-f", "{{.GoMod}}", "github.com/coredns/coredns"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs := map[string]string{}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(strings.TrimPrefix(line, "require")); len(f) >= 2 && strings.HasPrefix(f[1], "v") {
+			theirs[f[0]] = f[1]
+		}
+	}
+	same := 0
+	for line := range strings.Lines(run("list", "-deps", "-f", "{{with .Module}}{{.Path}} {{.Version}}{{end}}", "./plugin/dstm")) {
+		f := strings.Fields(line)
+		if len(f) != 2 || theirs[f[0]] == "" {
+			continue
+		}
+		if theirs[f[0]] != f[1] {
+			t.Errorf("%s %s: CoreDNS has %s", f[0], f[1], theirs[f[0]])
+		}
+		same++
+	}
+	if same < 10 {
+		t.Errorf("only %d modules were compared", same)
 	}
 }
