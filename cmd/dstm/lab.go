@@ -23,6 +23,9 @@ func labCommand() *cobra.Command {
 			return run(l, cmd, args[1:])
 		}})
 	}
+	sub("prepare FILE", "write the certificates that up would write, for containerlab itself", cobra.ExactArgs(1), func(l *labrun.Lab, _ *cobra.Command, _ []string) error {
+		return l.Prepare()
+	})
 	sub("up FILE", "make nodes and links and start what exec names", cobra.ExactArgs(1), func(l *labrun.Lab, cmd *cobra.Command, _ []string) error {
 		return l.Up(cmd.OutOrStdout())
 	})

@@ -81,8 +81,12 @@ func (l *Lab) save() error {
 	return os.WriteFile(l.stateFile(), b, 0o644)
 }
 
-// Prepare writes a certificate authority and the certificates of all nodes with a role into the run directory.
+// Prepare writes a certificate authority and the certificates of all nodes with a role into the run directory. It refuses
+// to do so under a lab that runs.
 func (l *Lab) Prepare() error {
+	if slices.ContainsFunc(l.t.names(), l.Has) {
+		return fmt.Errorf("lab %s is up: take it down first (dstm lab down)", l.t.Name)
+	}
 	dir := filepath.Join(l.t.runDir(), "pki")
 	if err := errors.Join(os.RemoveAll(l.t.runDir()), os.MkdirAll(filepath.Join(l.t.runDir(), "log"), 0o755)); err != nil {
 		return err
@@ -125,13 +129,10 @@ func issue(ca, node, label string) error {
 // Up makes the nodes and links and runs every node's exec lines, node by node in order of their names. What it made before
 // an error stays for a look; Down removes it.
 func (l *Lab) Up(out io.Writer) error {
-	if slices.ContainsFunc(l.t.names(), l.Has) {
-		return fmt.Errorf("lab %s is up: take it down first (dstm lab down)", l.t.Name)
-	}
-	l.state.Nodes = map[string]holder{} // what an earlier run left has ended
 	if err := l.Prepare(); err != nil {
 		return err
 	}
+	l.state.Nodes = map[string]holder{} // what an earlier run left has ended
 	for _, name := range l.t.names() {
 		if err := l.startNode(name); err != nil {
 			return fmt.Errorf("node %s: %w", name, err)
