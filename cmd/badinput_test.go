@@ -207,7 +207,16 @@ func TestBadMachine(t *testing.T) {
 	nobody := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	for _, program := range []string{"tepd", "dstmd"} {
 		out, code := p.run(nobody, program, "-c", p.path(program+".yaml"))
-		p.check(program+" without capabilities", out, code, daemon.ExitMissing, "missing CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF")
+		p.check(program+" without capabilities", out, code, daemon.ExitMissing, "missing CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF, CAP_PERFMON")
+		// The verifier would say so too, but not in these words.
+		p.write("start", "#!/bin/sh\nexec setpriv --bounding-set=-all,+net_admin,+net_raw,+bpf "+
+			programs+"/"+program+" -c DIR/"+program+".yaml\n")
+		if err := os.Chmod(p.path("start"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		out, code = p.run(nil, "start")
+		p.check(program+" without CAP_PERFMON", out, code, daemon.ExitMissing, "missing CAP_PERFMON:")
+
 
 		// A namespace of its own with an interface that somebody else made.
 		p.write("start", "#!/bin/sh\nip link add dstm0 type veth peer name other || exit 99\n"+

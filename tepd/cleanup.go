@@ -48,7 +48,7 @@ func removePath(ctx context.Context, cfg *Config, d Deps, h handover) error {
 	if err != nil {
 		return err
 	}
-	if there && l.Index != h.Index {
+	if there && !h.owns(l) {
 		return fmt.Errorf("interface %s is not the one that tepd made (index %d, ours was %d): it stays, and so do the pins in %s",
 			h.Device, l.Index, h.Index, cfg.Paths.BPF)
 	}
@@ -56,7 +56,7 @@ func removePath(ctx context.Context, cfg *Config, d Deps, h handover) error {
 	path := desiredPath(cfg, h.Pools)
 	path.Device = h.Device
 	if err := d.Path.Configure(ctx, path); err != nil {
-		return errors.Join(err, d.Kernel.RemoveLink(h.Device))
+		return errors.Join(err, d.Path.Close(false), d.Kernel.RemoveLink(h.Device))
 	}
 	return errors.Join(d.Path.Close(false), d.Kernel.RemoveLink(h.Device))
 }

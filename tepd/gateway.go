@@ -125,6 +125,15 @@ func (g *Gateway) takeOver(ctx context.Context) error {
 	if err := g.checkDevice(); err != nil {
 		return err
 	}
+	// Said before it is done: whatever stops us in between, the next process and Cleanup know that it is ours.
+	if _, there, err := g.Kernel.Link(g.cfg.Tunnel.Device); err != nil {
+		return err
+	} else if !there {
+		g.handover.Device, g.handover.Index = g.cfg.Tunnel.Device, 0
+		if err := g.handover.save(g.cfg.Paths); err != nil {
+			return err
+		}
+	}
 	if err := g.Path.Configure(ctx, desiredPath(g.cfg, h.Pools)); err != nil {
 		return fmt.Errorf("packet path: %w", err)
 	}
@@ -141,7 +150,7 @@ func (g *Gateway) checkDevice() error {
 	switch {
 	case err != nil:
 		return err
-	case !there || l.Kind == tunKind && l.Index == g.handover.Index && g.handover.Device == name:
+	case !there || l.Kind == tunKind && g.handover.owns(l):
 		return nil
 	case l.Kind != tunKind:
 		return fmt.Errorf("interface %s exists already and is of kind %s, not a TUN of ours: remove it (ip link del %s) or set tunnel.device", name, l.Kind, name)

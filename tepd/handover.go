@@ -11,12 +11,14 @@ import (
 
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
+
+	"github.com/dstm-project/dstm/internal/netcfg"
 )
 
 // handover is what one tepd process leaves to the next, where a reboot forgets it.
 type handover struct {
 	Device string         `json:"device"` // the TUN that we made
-	Index  int            `json:"index"`  // its interface index, not given out again before a reboot
+	Index  int            `json:"index"`  // its interface index, not given out again before a reboot; 0 = being made
 	Pools  []netip.Prefix `json:"pools"`  // served last
 }
 
@@ -36,6 +38,11 @@ func loadHandover(p Paths) (handover, error) {
 		return handover{}, fmt.Errorf("%s: %w", handoverPath(p), err)
 	}
 	return h, nil
+}
+
+// owns reports whether the interface is the one that we made, or were about to make.
+func (h handover) owns(l netcfg.Link) bool {
+	return h.Device == l.Name && (h.Index == 0 || h.Index == l.Index)
 }
 
 func (h handover) save(p Paths) error {

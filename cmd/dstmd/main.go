@@ -16,6 +16,7 @@ import (
 
 	"github.com/dstm-project/dstm/dataplane/tc"
 	"github.com/dstm-project/dstm/hostd"
+	"github.com/dstm-project/dstm/internal/caps"
 	"github.com/dstm-project/dstm/internal/daemon"
 	"github.com/dstm-project/dstm/internal/hostprobe"
 	"github.com/dstm-project/dstm/internal/netcfg"
@@ -54,7 +55,7 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) error {
 		_, err := fmt.Fprintf(out, "%s: ok\n", *file)
 		return err
 	}
-	if err := hostd.CheckCapabilities(); err != nil {
+	if err := caps.Check(); err != nil {
 		return daemon.Missing(err)
 	}
 	log := cfg.Log.Logger(errOut)
@@ -64,7 +65,7 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) error {
 	}
 	defer net.Close()
 	if *clean {
-		return errors.Join(hostd.CheckDevice(net, cfg.Device.Name), net.Cleanup(), hostd.Firewall{}.Remove())
+		return errors.Join(hostd.CheckDevice(net, cfg.Device.Name), net.Cleanup(), hostd.Firewall{}.Remove(), tc.RemoveHostPins(cfg.Paths.BPF))
 	}
 	return serve(ctx, cfg, net, log)
 }

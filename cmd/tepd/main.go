@@ -17,6 +17,7 @@ import (
 	"github.com/dstm-project/dstm/bgp/gobgp"
 	"github.com/dstm-project/dstm/bgp/speaker"
 	"github.com/dstm-project/dstm/dataplane/tc"
+	"github.com/dstm-project/dstm/internal/caps"
 	"github.com/dstm-project/dstm/internal/daemon"
 	"github.com/dstm-project/dstm/internal/netcfg"
 	"github.com/dstm-project/dstm/internal/tlsid"
@@ -63,7 +64,7 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) error {
 
 // start opens what both a running gateway and a cleanup need.
 func start(ctx context.Context, cfg *tepd.Config, clean bool, errOut io.Writer) error {
-	if err := tepd.CheckCapabilities(); err != nil {
+	if err := caps.Check(); err != nil {
 		return daemon.Missing(err)
 	}
 	log := cfg.Log.Logger(errOut)

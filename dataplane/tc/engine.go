@@ -75,6 +75,7 @@ func (e *engine) load(pinDir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("data path tc: %w", err)
 	}
+	e.dir = dir // from here on there may be pins
 	spec, err := e.spec()
 	if err != nil {
 		return fmt.Errorf("data path tc: %w", err)
@@ -88,7 +89,7 @@ func (e *engine) load(pinDir string) error {
 	if err != nil {
 		return fmt.Errorf("data path tc: %w", err)
 	}
-	e.coll, e.dir, e.links = coll, dir, map[string]link.Link{}
+	e.coll, e.links = coll, map[string]link.Link{}
 	return nil
 }
 
@@ -295,7 +296,7 @@ func (e *engine) close(keep bool) error {
 		e.coll.Close()
 	}
 	if !keep && e.dir != "" {
-		errs = errors.Join(errs, os.RemoveAll(e.dir))
+		errs = errors.Join(errs, removePins(filepath.Dir(e.dir), e.role))
 	}
 	if e.tun != nil {
 		if !keep {
@@ -306,6 +307,15 @@ func (e *engine) close(keep bool) error {
 	}
 	e.links, e.coll, e.tun, e.nl = nil, nil, nil, nil
 	return errs
+}
+
+// removePins removes what a role has pinned, of any layout. A program is detached with the last pin of its link.
+func removePins(pinDir, role string) error {
+	dirs, err := filepath.Glob(filepath.Join(pinDir, role+"-*"))
+	for _, d := range dirs {
+		err = errors.Join(err, os.RemoveAll(d))
+	}
+	return err
 }
 
 // counted is struct counters of dstm.h.

@@ -39,7 +39,7 @@ func NewHost(log *slog.Logger) (*Host, error) {
 		return nil, err
 	}
 	return &Host{fd: -1, e: engine{
-		log: log, role: "host", spec: loadHost, eth: "host_uplink_eth", l3: "host_uplink_l3", device: "host_device",
+		log: log, role: hostRole, spec: loadHost, eth: "host_uplink_eth", l3: "host_uplink_l3", device: "host_device",
 	}}, nil
 }
 
@@ -216,3 +216,9 @@ func queryTCX() error {
 	_, err := link.QueryPrograms(link.QueryOptions{Target: 1, Attach: ebpf.AttachTCXIngress})
 	return err
 }
+
+// hostRole is the name of the host's pins.
+const hostRole = "host"
+
+// RemoveHostPins removes what a host agent that was killed has pinned below the directory.
+func RemoveHostPins(pinDir string) error { return removePins(pinDir, hostRole) }

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dstm-project/dstm/internal/pki"
+	"github.com/dstm-project/dstm/internal/proc"
 	"github.com/dstm-project/dstm/internal/tlsid"
 )
 
@@ -179,7 +180,7 @@ func (l *Lab) startNode(name string) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	start, err := startTime(cmd.Process.Pid)
+	start, err := proc.StartTime(cmd.Process.Pid)
 	if err != nil {
 		return err
 	}
@@ -294,22 +295,8 @@ func (l *Lab) Has(node string) bool {
 }
 
 func (h holder) alive() bool {
-	start, err := startTime(h.PID)
+	start, err := proc.StartTime(h.PID)
 	return err == nil && start == h.Start
-}
-
-// startTime is field 22 of /proc/PID/stat.
-func startTime(pid int) (string, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return "", err
-	}
-	_, rest, _ := strings.Cut(string(b), ") ")
-	f := strings.Fields(rest)
-	if len(f) < 20 {
-		return "", fmt.Errorf("/proc/%d/stat: %d fields", pid, len(f))
-	}
-	return f[19], nil
 }
 
 // Down ends every process in the nodes' namespaces, and with the last of them the namespaces, their devices and mounts.

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/dstm-project/dstm/internal/proc"
 )
 
 // TestMain lets the test binary be the holder of a node.
@@ -179,7 +181,7 @@ func TestFailedUp(t *testing.T) {
 	if !l.Has("a") || !l.Has("b") {
 		t.Error("the nodes are not known after the failure")
 	}
-	start, err := startTime(other.Process.Pid)
+	start, err := proc.StartTime(other.Process.Pid)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -192,7 +194,7 @@ func TestFailedUp(t *testing.T) {
 	if err := errors.Join(l.save(), open(t, path).Down(&bytes.Buffer{})); err != nil {
 		t.Error(err)
 	}
-	if _, err := startTime(other.Process.Pid); err != nil {
+	if _, err := proc.StartTime(other.Process.Pid); err != nil {
 		t.Error("a process that the lab did not make was ended")
 	}
 	if open(t, path).Has("a") {
@@ -208,5 +210,12 @@ func TestBadBind(t *testing.T) {
 	err := open(t, path).Up(&bytes.Buffer{})
 	if err == nil || !strings.Contains(err.Error(), "node a: its holder did not get ready") || !strings.Contains(err.Error(), "missing: no such file") {
 		t.Errorf("up: %v", err)
+	}
+	l := open(t, path)
+	if err := l.Down(&bytes.Buffer{}); err != nil {
+		t.Errorf("down: %v", err)
+	}
+	if _, err := os.Stat(l.stateFile()); err == nil {
+		t.Errorf("%s stays", l.stateFile())
 	}
 }

@@ -26,6 +26,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+
+	"github.com/dstm-project/dstm/internal/proc"
 )
 
 // Errors that a caller tells apart.
@@ -129,7 +131,7 @@ func (c *Config) Start() (*Process, error) {
 		p.client.Kill()
 		return nil, fmt.Errorf("start %s: %w%s", c.Program, err, c.lastWords())
 	}
-	start, err := startTime(cmd.Process.Pid)
+	start, err := proc.StartTime(cmd.Process.Pid)
 	if err == nil {
 		p.rec = record{
 			PID: cmd.Process.Pid, Start: start, Socket: p.client.ReattachConfig().Addr.String(),

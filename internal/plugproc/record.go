@@ -11,11 +11,12 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
+
+	"github.com/dstm-project/dstm/internal/proc"
 )
 
 // record finds a process again after whoever started it has gone.
@@ -55,7 +56,7 @@ func (r record) save(path string) error {
 func (r record) addr() net.Addr { return &net.UnixAddr{Name: r.Socket, Net: "unix"} }
 
 func (r record) alive() bool {
-	start, err := startTime(r.PID)
+	start, err := proc.StartTime(r.PID)
 	return err == nil && start == r.Start
 }
 
@@ -107,24 +108,6 @@ func (r record) kill() error {
 		}
 	}
 	return nil
-}
-
-// startTime is field 22 of /proc/PID/stat (proc(5)). A zombie counts as ended.
-func startTime(pid int) (string, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return "", err
-	}
-	// The second field is a name in parentheses that may hold anything.
-	i := bytes.LastIndexByte(b, ')')
-	f := strings.Fields(string(b[i+1:]))
-	if len(f) < 20 {
-		return "", fmt.Errorf("/proc/%d/stat has %d fields after the name, want 20", pid, len(f))
-	}
-	if f[0] == "Z" || f[0] == "X" {
-		return "", fs.ErrNotExist
-	}
-	return f[19], nil
 }
 
 // openProgram opens a program and compares its digest with want, unless that is nil.
