@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/dstm-project/dstm/bgp"
+	"github.com/dstm-project/dstm/dataplane"
 	"github.com/dstm-project/dstm/internal/netcfg"
 	"github.com/dstm-project/dstm/lease"
 )
@@ -368,6 +369,48 @@ func TestForeignDevice(t *testing.T) {
 		if w.path.cfg.Device != "" {
 			t.Errorf("%s: the packet path was configured", c.name)
 		}
+	}
+}
+
+// failsOnce is a packet path whose first Configure makes the device and then fails.
+type failsOnce struct {
+	makesDevice
+	failed bool
+}
+
+func (f *failsOnce) Configure(ctx context.Context, c dataplane.GatewayConfig) error {
+	if err := f.makesDevice.Configure(ctx, c); err != nil || f.failed {
+		return err
+	}
+	f.failed = true
+	return errDown
+}
+
+// TestFailedFirstStart: the device of a start that failed is ours, for the next start and for Cleanup.
+func TestFailedFirstStart(t *testing.T) {
+	for _, next := range []string{"start", "cleanup"} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, testConfig)
+			d := w.g.Deps
+			d.Path = &failsOnce{makesDevice: makesDevice{w.path, w.kernel}}
+			if err := New(w.cfg, d).Run(t.Context(), func() {}); !errors.Is(err, errDown) {
+				t.Fatalf("first start: %v, want %v", err, errDown)
+			}
+			if _, there := w.kernel.links["dstm0"]; !there {
+				t.Fatal("the first start made no device")
+			}
+			if next == "start" {
+				w.start()
+				w.end()
+				return
+			}
+			if err := Cleanup(t.Context(), w.cfg, d, noSpeaker); err != nil {
+				t.Error(err)
+			}
+			if _, there := w.kernel.links["dstm0"]; there {
+				t.Error("the device stays after cleanup")
+			}
+		})
 	}
 }
 
