@@ -1,6 +1,8 @@
 package labrun
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -37,8 +39,8 @@ func ParseSteps(name string, data []byte) ([]Step, error) {
 var ErrFailed = errors.New("a step failed")
 
 // Run runs the steps of expect.txtar beside the topology. Each prints one line; the output of one that fails follows.
-func (l *Lab) Run(out io.Writer) error {
-	path := filepath.Join(l.t.dir, "expect.txtar")
+func (l *Lab) Run(ctx context.Context, out io.Writer) error {
+	path := filepath.Join(l.t.dir(), "expect.txtar")
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return err
@@ -54,18 +56,21 @@ func (l *Lab) Run(out io.Writer) error {
 	}
 	failed := 0
 	for i, s := range steps {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		begin := time.Now()
-		o, err := l.run(s.Node, "bash", "-euo", "pipefail", "-c", s.Script)
+		o, err := l.run(ctx, s.Node, "bash", "-euo", "pipefail", "-c", s.Script)
+		took := time.Since(begin).Seconds()
 		word := "ok  "
 		if err != nil {
 			word = "FAIL"
 			failed++
+			o = append([]byte(err.Error()+"\n"), o...)
 		}
-		fmt.Fprintf(out, "%s %d/%d %s: %s %.1fs\n", word, i+1, len(steps), s.Node, s.Name, time.Since(begin).Seconds())
-		if err != nil {
-			fmt.Fprintf(out, "  %v\n  %s\n", err, strings.ReplaceAll(strings.TrimSpace(string(o)), "\n", "\n  "))
-		} else if len(o) > 0 {
-			fmt.Fprintf(out, "     %s\n", strings.ReplaceAll(strings.TrimSpace(string(o)), "\n", "\n     "))
+		fmt.Fprintf(out, "%s %d/%d %s: %s %.1fs\n", word, i+1, len(steps), s.Node, s.Name, took)
+		if o = bytes.TrimSpace(o); len(o) > 0 {
+			fmt.Fprintf(out, "     %s\n", bytes.ReplaceAll(o, []byte("\n"), []byte("\n     ")))
 		}
 	}
 	if failed > 0 {

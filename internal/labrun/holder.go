@@ -3,18 +3,28 @@ package labrun
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
-// Hold is the process that keeps a node: it is started in namespaces of its own, makes their mounts, says "ready" on
-// standard output and sleeps. args are "source:/target" binds.
-func Hold(hostname string, binds []string) error {
+// What Up and a holder say to each other.
+const (
+	recorded = "recorded\n"
+	ready    = "ready\n"
+)
+
+// Hold is the process that keeps a node. It is started in namespaces of its own, waits on in until it is recorded (see
+// state), makes the mounts of the node, says on out that it is ready, and stays until a signal ends it. binds are
+// "source:/target" with an optional ":ro".
+func Hold(in io.Reader, out io.Writer, hostname string, binds []string) error {
+	if _, err := io.ReadFull(in, make([]byte, len(recorded))); err != nil {
+		return fmt.Errorf("who started the node went away: %w", err)
+	}
+	signal.Ignore(unix.SIGHUP, unix.SIGINT)
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("private mounts: %w", err)
 	}
@@ -39,12 +49,12 @@ func Hold(hostname string, binds []string) error {
 			return fmt.Errorf("bind %s: %w", b, err)
 		}
 	}
-	fmt.Println("ready")
-	signal.Ignore(unix.SIGHUP, unix.SIGINT)
-	stop := make(chan os.Signal, 1)
-	signal.Notify(stop, unix.SIGTERM)
-	<-stop
-	return nil
+	if _, err := io.WriteString(out, ready); err != nil {
+		return err
+	}
+	for {
+		_ = unix.Pause() // the runtime's own signals interrupt it
+	}
 }
 
 // private makes what is written below the directories the node's own: the machine's files below, a tmpfs above.
@@ -63,29 +73,28 @@ func private(dirs ...string) error {
 	return nil
 }
 
-func bind(b string) error {
-	src, dst, _ := strings.Cut(b, ":/")
-	dst, _, _ = strings.Cut("/"+dst, ":") // a mode such as ":ro" may follow
-	st, err := os.Stat(src)
+func bind(s string) error {
+	b, err := parseBind(s)
+	if err != nil {
+		return err
+	}
+	st, err := os.Stat(b.source)
 	if err != nil {
 		return err
 	}
 	if st.IsDir() {
-		err = os.MkdirAll(dst, 0o755)
-	} else if err = os.MkdirAll(filepath.Dir(dst), 0o755); err == nil {
+		err = os.MkdirAll(b.target, 0o755)
+	} else if err = os.MkdirAll(filepath.Dir(b.target), 0o755); err == nil {
 		// What is there may be a link to a file of the machine (resolv.conf often is).
-		_ = os.Remove(dst)
-		err = os.WriteFile(dst, nil, 0o644)
+		_ = os.Remove(b.target)
+		err = os.WriteFile(b.target, nil, 0o644)
 	}
 	if err != nil {
 		return err
 	}
-	return unix.Mount(src, dst, "", unix.MS_BIND, "")
-}
-
-// enter returns a command inside a node.
-func enter(pid int, env []string, args ...string) *exec.Cmd {
-	c := exec.Command("nsenter", append([]string{"-t", fmt.Sprint(pid), "-n", "-m", "-u", "--"}, args...)...)
-	c.Env = append(os.Environ(), env...)
-	return c
+	if err := unix.Mount(b.source, b.target, "", unix.MS_BIND, ""); err != nil || !b.readOnly {
+		return err
+	}
+	// The kernel ignores MS_RDONLY when a bind mount is made (mount(2)).
+	return unix.Mount("", b.target, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")
 }

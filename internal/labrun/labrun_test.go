@@ -14,7 +14,7 @@ topology:
     linux: {env: {B: kind, C: kind}, exec: [from kind]}
     bridge: {exec: [never]}
   groups:
-    routers: {env: {C: group, D: group}, exec: [from group], sysctls: {net.ipv4.ip_forward: "1"}}
+    routers: {env: {C: group, D: group}, exec: [from group], sysctls: {net.ipv4.ip_forward: "1"}, binds: ["g:/d"]}
     switches: {kind: bridge}
   nodes:
     r1: {group: routers, env: {D: node}, exec: [from node], binds: ["n:/n"], labels: {dstm.role: svc}}
@@ -33,7 +33,7 @@ func TestMerge(t *testing.T) {
 	want := map[string]*Node{
 		"r1": {
 			Kind: "linux", Group: "routers", Env: map[string]string{"A": "default", "B": "kind", "C": "group", "D": "node"},
-			Binds: []string{"d:/d", "n:/n"}, Exec: []string{"from kind", "from group", "from node"},
+			Binds: []string{"g:/d", "n:/n"}, Exec: []string{"from kind", "from group", "from node"},
 			Sysctls: map[string]string{"net.ipv4.ip_forward": "1"}, Labels: map[string]string{"dstm.role": "svc"},
 		},
 		"h1": {
@@ -55,36 +55,51 @@ func TestMerge(t *testing.T) {
 
 func TestBadTopologies(t *testing.T) {
 	for _, c := range []struct{ name, old, new, want string }{
-		{"unknown key", "labels:", "label:", `bad.clab.yml:11:78: unknown key "label" (did you mean "labels"?)`},
-		{"unknown key tells the known ones", "mtu: 1400", "vlan: 7", "vlan"},
-		{"no name", "name: small", "name: \"\"", `bad.clab.yml:1:7: name "": want letters`},
-		{"name with a slash", "name: small", "name: ../x", `name "../x": want letters`},
-		{"kind", "defaults: {kind: linux,", "defaults: {kind: srl,", `node h1: kind "srl": want linux or bridge`},
-		{"group", "group: switches", "group: hubs", `node sw: group "hubs" is not among topology.groups`},
-		{"bind", `binds: ["n:/n"]`, `binds: ["n"]`, `bad.clab.yml:11:69: bind "n": want source:/target`},
-		{"default bind", `binds: ["d:/d"]`, `binds: ["/d"]`, `bad.clab.yml:3:66: bind "/d": want source:/target`},
-		{"one endpoint", `["r1:eth1", "sw:p1"]`, `["r1:eth1"]`, "bad.clab.yml:15:7: link with 1 endpoints: want two"},
-		{"unknown node", `"r1:eth1"`, `"r9:eth1"`, `bad.clab.yml:15:19: endpoint "r9:eth1": no node "r9"`},
-		{"endpoint twice", `"sw:p2"`, `"sw:p1"`, `bad.clab.yml:16:31: endpoint "sw:p1" is there twice`},
-		{"no interface", `"sw:p1"`, `"sw"`, `endpoint "sw": interface "": want 1 to 15 bytes`},
-		{"long interface", `"sw:p1"`, `"sw:a234567890123456"`, "want 1 to 15 bytes"},
-		{"the bridge's own name", `"sw:p1"`, `"sw:br0"`, `interface "br0"`},
-		{"mtu", "mtu: 1400", "mtu: 500", "bad.clab.yml:16:46: mtu 500: want 1280"},
-		{"no nodes", small, "name: x\ntopology: {}\n", "no nodes"},
+		{"unknown node key", "labels:", "label:", `11:78: unknown key "label" (did you mean "labels"?)`},
+		{"unknown link key", "mtu: 1400", "vlan: 7", `16:41: unknown key "vlan"`},
+		{"no name", "name: small", "name: \"\"", `1:7: name "": want letters, digits, - and _`},
+		{"name with a slash", "name: small", "name: ../x", `1:7: name "../x": want letters, digits, - and _`},
+		{"node's name", "    h1:", "    h.1:", `11:5: node "h.1": want letters, digits, - and _`},
+		{"kind of a node", "group: routers", "kind: srl", `11:16: node r1: kind "srl": want linux or bridge`},
+		{"kind of a group", "{kind: bridge}", "{kind: ovs}", `9:22: node sw: kind "ovs": want linux or bridge`},
+		{"kind of all", "{kind: linux,", "{kind: srl,", `3:20: node h1: kind "srl": want linux or bridge`},
+		{"kind nowhere", "{kind: linux, env", "{env", `12:8: node h1: kind "": want linux or bridge`},
+		{"unknown kind", "bridge: {exec", "srl: {exec", `6:11: kind "srl": want linux or bridge`},
+		{
+			"group", "group: switches", "group: hubs",
+			`13:17: group "hubs": want one of ["routers" "switches"] (topology.groups)`,
+		},
+		{"bind", `"n:/n"`, `"n"`, `11:69: bind "n": want source:/target, source:/target:ro or source:/target:rw`},
+		{"bind's mode", `"n:/n"`, `"n:/n:rx"`, `11:69: bind "n:/n:rx": want source:/target`},
+		{"default bind", `"d:/d"`, `"/d"`, `3:66: bind "/d": want source:/target`},
+		{
+			"role", "dstm.role: svc", `dstm.role: "svc,x"`,
+			`11:87: label dstm.role: role "x": want one of [svc tep resolver host operator]`,
+		},
+		{"one endpoint", `["r1:eth1", "sw:p1"]`, `["r1:eth1"]`, "15:7: link with 1 endpoints: want two"},
+		{"unknown node", `"r1:eth1"`, `"r9:eth1"`, `15:19: endpoint "r9:eth1": no node "r9"; want node:interface`},
+		{"endpoint twice", `"sw:p2"`, `"sw:p1"`, `16:31: endpoint "sw:p1" is there twice`},
+		{"no interface", `"sw:p1"`, `"sw"`, `15:30: endpoint "sw": interface "": want 1 to 15 bytes`},
+		{"long interface", `"sw:p1"`, `"sw:a234567890123456"`, `15:30: endpoint "sw:a234567890123456": interface`},
+		{"the bridge's own name", `"sw:p1"`, `"sw:br0"`, `15:30: endpoint "sw:br0": interface "br0"`},
+		{"small mtu", "mtu: 1400", "mtu: 500", "16:46: mtu 500: want 1280 (what IPv6 needs) to 65535"},
+		{"large mtu", "mtu: 1400", "mtu: 65536", "16:46: mtu 65536: want 1280"},
+		{"no nodes", small, "name: x\ntopology: {}\n", "2:11: no nodes"},
 	} {
 		text := strings.Replace(small, c.old, c.new, 1)
 		if text == small {
 			t.Fatalf("%s: the edit changed nothing", c.name)
 		}
 		_, err := parse("bad.clab.yml", []byte(text))
-		if err == nil || !strings.Contains(err.Error(), c.want) {
+		if err == nil || !strings.Contains(err.Error(), "bad.clab.yml:") || !strings.Contains(err.Error(), ":"+c.want) {
 			t.Errorf("%s: error %v, want %q", c.name, err, c.want)
 		}
 	}
 }
 
 func TestParseSteps(t *testing.T) {
-	got, err := ParseSteps("expect.txtar", []byte("a comment\n-- r1: it answers --\nping -c1 x\n\n-- h1: so: does this --\ntrue\n"))
+	const archive = "a comment\n-- r1: it answers --\nping -c1 x\n\n-- h1: so: does this --\ntrue\n"
+	got, err := ParseSteps("expect.txtar", []byte(archive))
 	if err != nil {
 		t.Fatal(err)
 	}

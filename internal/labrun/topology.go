@@ -2,6 +2,7 @@
 package labrun
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/dstm-project/dstm/internal/config"
+	"github.com/dstm-project/dstm/internal/tlsid"
 )
 
 // Topology is the part of a containerlab file that is honoured. Any other key is an error with its position.
@@ -25,7 +27,7 @@ type Topology struct {
 		Links    []Link           `yaml:"links"`
 	} `yaml:"topology"`
 
-	dir string // of the file
+	path string // of the file, absolute
 }
 
 // Node is one node, or what a group of nodes has in common.
@@ -63,7 +65,9 @@ func Load(path string) (*Topology, error) {
 	if err != nil {
 		return nil, err
 	}
-	return t, t.merge(path)
+	t.merge()
+	t.path, err = filepath.Abs(path)
+	return t, err
 }
 
 // parse is Load for data at hand.
@@ -72,43 +76,62 @@ func parse(name string, data []byte) (*Topology, error) {
 	if err != nil {
 		return nil, err
 	}
-	return t, t.merge(name)
+	t.merge()
+	return t, nil
 }
 
 // merge puts defaults, kinds and groups into the nodes, as containerlab does: the nearer one wins, lists are joined.
-func (t *Topology) merge(path string) (err error) {
-	if t.dir, err = filepath.Abs(filepath.Dir(path)); err != nil {
-		return err
-	}
+func (t *Topology) merge() {
 	for name, n := range t.Topology.Nodes {
-		t.Topology.Nodes[name] = t.merged(n)
+		t.Topology.Nodes[name] = t.merged(name, n)
 	}
-	return nil
 }
 
-// kind is that of the node, of its group, or the default.
-func (t *Topology) kind(n *Node) string {
-	if n.Kind != "" {
-		return n.Kind
+// kind is that of the node, of its group, of the default group, or the default, and the path where it was found.
+func (t *Topology) kind(name string, n *Node) (kind, path string) {
+	own, defaults := "$.topology.nodes."+name, &t.Topology.Defaults
+	for _, from := range []struct {
+		path string
+		n    *Node
+	}{
+		{own, n},
+		{"$.topology.groups." + n.Group, t.Topology.Groups[n.Group]},
+		{"$.topology.groups." + defaults.Group, t.Topology.Groups[defaults.Group]},
+		{"$.topology.defaults", defaults},
+	} {
+		if from.n != nil && from.n.Kind != "" {
+			return from.n.Kind, from.path + ".kind"
+		}
 	}
-	if g := t.Topology.Groups[n.Group]; g != nil && g.Kind != "" {
-		return g.Kind
-	}
-	return t.Topology.Defaults.Kind
+	return "", own
 }
 
-func (t *Topology) merged(n *Node) *Node {
-	kind := t.kind(n)
-	out := &Node{Kind: kind, Group: n.Group, Env: map[string]string{}, Sysctls: map[string]string{}, Labels: map[string]string{}}
-	for _, from := range []*Node{&t.Topology.Defaults, t.Topology.Kinds[kind], t.Topology.Groups[n.Group], n} {
+// group is that of the node, of its kind, or the default.
+func (t *Topology) group(n *Node, kind string) string {
+	ofKind := ""
+	if k := t.Topology.Kinds[kind]; k != nil {
+		ofKind = k.Group
+	}
+	return cmp.Or(n.Group, ofKind, t.Topology.Defaults.Group)
+}
+
+func (t *Topology) merged(name string, n *Node) *Node {
+	kind, _ := t.kind(name, n)
+	out := &Node{
+		Kind: kind, Group: t.group(n, kind),
+		Env: map[string]string{}, Sysctls: map[string]string{}, Labels: map[string]string{},
+	}
+	for _, from := range []*Node{&t.Topology.Defaults, t.Topology.Kinds[kind], t.Topology.Groups[out.Group], n} {
 		if from == nil {
 			continue
 		}
 		maps.Copy(out.Env, from.Env)
 		maps.Copy(out.Sysctls, from.Sysctls)
 		maps.Copy(out.Labels, from.Labels)
-		out.Binds = append(out.Binds, from.Binds...)
 		out.Exec = append(out.Exec, from.Exec...)
+		for _, b := range from.Binds {
+			out.Binds = append(slices.DeleteFunc(out.Binds, sameTarget(b)), b)
+		}
 	}
 	return out
 }
@@ -121,14 +144,20 @@ func (t *Topology) check(r *config.Report) {
 		r.Errorf("$.topology", "no nodes")
 	}
 	for _, name := range t.names() {
-		t.checkNode("$.topology.nodes."+name, name, t.Topology.Nodes[name], r)
+		t.checkNode("$.topology.nodes."+name, name, r)
 	}
-	t.checkBinds("$.topology.defaults", &t.Topology.Defaults, r)
+	t.checkShared("$.topology.defaults", &t.Topology.Defaults, r)
 	for k, n := range t.Topology.Kinds {
-		t.checkBinds("$.topology.kinds."+k, n, r)
+		if at := "$.topology.kinds." + k; !known(k) {
+			r.Errorf(at, "kind %q: want %s or %s", k, KindLinux, KindBridge)
+		} else if n != nil {
+			t.checkShared(at, n, r)
+		}
 	}
 	for k, n := range t.Topology.Groups {
-		t.checkBinds("$.topology.groups."+k, n, r)
+		if n != nil {
+			t.checkShared("$.topology.groups."+k, n, r)
+		}
 	}
 	seen := map[string]bool{}
 	for i, l := range t.Topology.Links {
@@ -139,32 +168,65 @@ func (t *Topology) check(r *config.Report) {
 // word is what may be part of a file's name.
 var word = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$`)
 
-func (t *Topology) checkNode(at, name string, n *Node, r *config.Report) {
+func known(kind string) bool { return kind == KindLinux || kind == KindBridge }
+
+func (t *Topology) checkNode(at, name string, r *config.Report) {
 	if !word.MatchString(name) {
 		r.Errorf(at, "node %q: want letters, digits, - and _", name)
 		return
 	}
-	if n == nil {
-		n = &Node{}
-		t.Topology.Nodes[name] = n
+	if t.Topology.Nodes[name] == nil { // "name:" and nothing else
+		t.Topology.Nodes[name] = &Node{}
 	}
-	if n.Group != "" && t.Topology.Groups[n.Group] == nil {
-		r.Errorf(at+".group", "node %s: group %q is not among topology.groups", name, n.Group)
+	n := t.Topology.Nodes[name]
+	if kind, at := t.kind(name, n); !known(kind) {
+		r.Errorf(at, "node %s: kind %q: want %s or %s", name, kind, KindLinux, KindBridge)
 	}
-	if kind := t.kind(n); kind != KindLinux && kind != KindBridge {
-		r.Errorf(at+".kind", "node %s: kind %q: want linux or bridge", name, kind)
-	}
-	t.checkBinds(at, n, r)
+	t.checkShared(at, n, r)
 }
 
-func (t *Topology) checkBinds(at string, n *Node, r *config.Report) {
-	if n == nil {
-		return
+// checkShared looks at what a node, a group, a kind and the defaults have in common.
+func (t *Topology) checkShared(at string, n *Node, r *config.Report) {
+	if _, ok := t.Topology.Groups[n.Group]; n.Group != "" && !ok {
+		r.Errorf(at+".group", "group %q: want one of %q (topology.groups)", n.Group,
+			slices.Sorted(maps.Keys(t.Topology.Groups)))
 	}
 	for i, b := range n.Binds {
-		if src, dst, ok := strings.Cut(b, ":/"); !ok || src == "" || dst == "" {
-			r.Errorf(fmt.Sprintf("%s.binds[%d]", at, i), "bind %q: want source:/target", b)
+		if _, err := parseBind(b); err != nil {
+			r.Errorf(fmt.Sprintf("%s.binds[%d]", at, i), "%v", err)
 		}
+	}
+	if label := n.Labels[RoleLabel]; label != "" {
+		for role := range strings.SplitSeq(label, ",") {
+			if !slices.Contains(tlsid.Roles(), tlsid.Role(role)) {
+				r.Errorf(at+".labels", "label %s: role %q: want one of %v, or several with commas between them",
+					RoleLabel, role, tlsid.Roles())
+			}
+		}
+	}
+}
+
+// mount is what a bind says.
+type mount struct {
+	source, target string
+	readOnly       bool
+}
+
+func parseBind(s string) (mount, error) {
+	source, rest, _ := strings.Cut(s, ":/")
+	target, mode, _ := strings.Cut(rest, ":")
+	if source == "" || target == "" || mode != "" && mode != "ro" && mode != "rw" {
+		return mount{}, fmt.Errorf("bind %q: want source:/target, source:/target:ro or source:/target:rw", s)
+	}
+	return mount{source, filepath.Clean("/" + target), mode == "ro"}, nil
+}
+
+// sameTarget reports whether a bind has the target of b, which hides it.
+func sameTarget(b string) func(string) bool {
+	want, _ := parseBind(b)
+	return func(other string) bool {
+		m, _ := parseBind(other)
+		return m.target == want.target
 	}
 }
 
@@ -197,4 +259,7 @@ func (t *Topology) checkLink(at string, l Link, seen map[string]bool, r *config.
 func (t *Topology) names() []string { return slices.Sorted(maps.Keys(t.Topology.Nodes)) }
 
 // runDir is where prepare writes what binds name.
-func (t *Topology) runDir() string { return filepath.Join(t.dir, ".dstm-lab") }
+func (t *Topology) runDir() string { return filepath.Join(t.dir(), ".dstm-lab") }
+
+// dir is the directory of the file, which binds are relative to.
+func (t *Topology) dir() string { return filepath.Dir(t.path) }
