@@ -170,11 +170,7 @@ func CheckDevice(n interface {
 }
 
 func (a *Agent) up(ctx context.Context) error {
-	err := a.DataPath.Configure(ctx, dataplane.HostConfig{
-		Device: a.cfg.Device.Name, Placeholder: a.cfg.Device.Placeholder, Uplinks: a.cfg.Uplinks,
-		HopLimit: a.cfg.Device.HopLimit, HoldPackets: a.cfg.Trigger.HoldPackets, PinDir: a.cfg.Paths.BPF,
-	})
-	if err != nil {
+	if err := a.configurePath(ctx, 0); err != nil {
 		return fmt.Errorf("data path: %w", err)
 	}
 	if err := a.Filter.Set(a.cfg.Device.Name, a.cfg.Device.Inbound); err != nil {
@@ -188,6 +184,15 @@ func (a *Agent) up(ctx context.Context) error {
 		return err
 	}
 	return a.Network.Set(a.desired())
+}
+
+// configurePath gives the packet path its uplinks, those that have come since too, and the device its MTU; 0 = what fits
+// through the uplinks.
+func (a *Agent) configurePath(ctx context.Context, mtu uint16) error {
+	return a.DataPath.Configure(ctx, dataplane.HostConfig{
+		Device: a.cfg.Device.Name, Placeholder: a.cfg.Device.Placeholder, Uplinks: a.cfg.Uplinks, MTU: mtu,
+		HopLimit: a.cfg.Device.HopLimit, HoldPackets: a.cfg.Trigger.HoldPackets, PinDir: a.cfg.Paths.BPF,
+	})
 }
 
 func (a *Agent) down() error {

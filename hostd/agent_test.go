@@ -28,7 +28,7 @@ func started(t *testing.T, w *world) {
 	t.Helper()
 	expect(t, w,
 		"net: clean", "configure dstm0 192.0.0.2/29", "filter dstm0 established", "net: ", "device up mtu 0",
-		"net: 192.0.0.2/29, "+defRoute, "device up mtu 1460", "attend [2001:db8:1::5] held false",
+		"net: 192.0.0.2/29, "+defRoute, "path: mtu 1460", "attend [2001:db8:1::5] held false",
 	)
 }
 
@@ -150,7 +150,7 @@ func TestAgentStandsByForNativeIPv4(t *testing.T) {
 		w.mu.Unlock()
 		w.change <- struct{}{}
 		time.Sleep(sec)
-		expect(t, w, "net: ", "abort [198.51.100.7 192.0.0.2]", "path: no lease", "release 198.51.100.7@0.1 IDLE")
+		expect(t, w, "path: mtu 1440", "net: ", "abort [198.51.100.7 192.0.0.2]", "path: no lease", "release 198.51.100.7@0.1 IDLE")
 		if s := a.Status(); s.State != "standby: native ipv4" || s.Attended {
 			t.Errorf("status %+v, want standby, not registered", s)
 		}
@@ -161,7 +161,25 @@ func TestAgentStandsByForNativeIPv4(t *testing.T) {
 		w.mu.Unlock()
 		w.change <- struct{}{}
 		time.Sleep(sec)
-		expect(t, w, "net: 192.0.0.2/29, "+defRoute, "attend [2001:db8:1::5] held false")
+		expect(t, w, "path: mtu 1460", "net: 192.0.0.2/29, "+defRoute, "attend [2001:db8:1::5] held false")
+	})
+}
+
+// Every change of the network reaches the packet path: an uplink may have come.
+func TestAgentNewUplink(t *testing.T) {
+	inWorld(t, nil, func(t *testing.T, w *world, _ *Agent) {
+		started(t, w)
+		w.mu.Lock()
+		before := w.uplinked
+		w.mu.Unlock()
+		w.change <- struct{}{}
+		time.Sleep(sec)
+		expect(t, w)
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.uplinked != before+1 {
+			t.Errorf("packet path configured %d times after a change, want once", w.uplinked-before)
+		}
 	})
 }
 
@@ -186,6 +204,7 @@ func TestAgentRenumbered(t *testing.T) {
 			"device up mtu 1440",
 			"installed 198.51.100.7@0.2",
 			"path: lease 198.51.100.7 gen 0.2 host 2001:db8:2::5",
+			"path: mtu 1440",
 			"reset",
 		}
 		if d := cmp.Diff(want, got); d != "" {

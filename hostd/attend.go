@@ -31,6 +31,7 @@ func (a *Agent) attend(ctx context.Context) error {
 			a.sleep(ctx, time.Hour)
 			continue
 		}
+		begun := time.Now()
 		err := a.attendOnce(ctx, v)
 		if ctx.Err() != nil {
 			return nil
@@ -39,7 +40,8 @@ func (a *Agent) attend(ctx context.Context) error {
 		served, moved := a.view.attended, a.view.path != v.path
 		a.mu.Unlock()
 		a.notAttended(err.Error())
-		if served || moved {
+		// A stream that is accepted and ended at once, as by another machine with our identity, is no service.
+		if served && time.Since(begun) > attendRetryMax || moved {
 			wait = attendRetryMin
 		}
 		if !moved {
@@ -161,6 +163,7 @@ type netState struct {
 	mtu     uint16         // of the tunnel
 	own     []netip.Prefix // IPv4 prefixes of other interfaces
 	native  bool           // an IPv4 default route that is not ours
+	problem string         // of the packet path with these uplinks
 }
 
 // watch reads the network after changes.
@@ -200,11 +203,19 @@ func (a *Agent) look(ctx context.Context) error {
 	}
 	moved := cur.source != old.source || cur.hop.Link != old.hop.Link || cur.hop.Gateway != old.hop.Gateway
 	reported := !slices.Equal(cur.sources, old.sources)
-	if cur.mtu != old.mtu {
-		if err := a.Network.SetDevice(a.cfg.Device.Name, int(cur.mtu)); err != nil {
-			a.Log.Warn("mtu not set", "mtu", cur.mtu, "err", err)
-		}
+	mtu := cur.mtu
+	if v.has {
+		mtu = min(mtu, v.lease.Binding.MTU)
 	}
+	// Interfaces may have come or have been made anew under the same name. The same again changes nothing.
+	problem := ""
+	if err := a.configurePath(ctx, mtu); err != nil {
+		problem = err.Error()
+	}
+	if problem != "" && problem != old.problem {
+		a.Log.Warn("data path not configured", "err", problem)
+	}
+	cur.problem = problem
 	a.mu.Lock()
 	a.view.net = cur
 	if moved {

@@ -27,7 +27,7 @@ const (
 	StateBackingOff State = 2 // refused or failed; the next try waits
 	StateHeld       State = 3 // the lease is in the packet path
 	StateRenewing   State = 4 // held, and asked for more time or for another tunnel source
-	StateReleasing  State = 5 // removed here, giving it back
+	StateReleasing  State = 5 // giving a lease back; what wants the next one waits for that
 	StateStandby    State = 6 // not ours to serve: the host has IPv4 of its own
 )
 
@@ -151,6 +151,7 @@ type keeper struct {
 	trigger evTrigger     // the last
 	used    instant       // last known use of the lease
 	revoked lease.Ref     // the last one revoked, in case its Bind's answer is slower
+	giving  int           // Releases under way
 	blind   bool          // the last probe could not see sockets
 	probeAt instant
 }
@@ -192,7 +193,7 @@ func (k *keeper) step(now instant, ev any) []any {
 		if k.state.holds() {
 			k.call = 0
 			k.backOff(now, "not installed: "+ev.err.Error())
-			return []any{actRemove{k.lease.ref()}, actRelease{k.lease.ref(), lease.ReasonIdle}, actDrop{}}
+			return []any{actRemove{k.lease.ref()}, k.giveBack(k.lease.ref(), lease.ReasonIdle), actDrop{}}
 		}
 	case evTick:
 		return k.onTick(now)
@@ -206,11 +207,18 @@ func (h held) ref() lease.Ref { return lease.Ref{Resource: h.Resource, Gen: h.Ge
 
 func (k *keeper) to(s State, why string) { k.state, k.why = s, why }
 
+// giveBack asks for a Release. Until it came back no Bind goes out: the service would answer a Bind that overtakes it with
+// the same lease, and then take that back.
+func (k *keeper) giveBack(ref lease.Ref, reason lease.Reason) any {
+	k.giving++
+	return actRelease{ref, reason}
+}
+
 // leave gives up whatever there is and goes to s.
 func (k *keeper) leave(s State, why string, reason lease.Reason) []any {
 	acts := []any{}
 	if k.state.holds() {
-		acts = append(acts, actRemove{k.lease.ref()}, actRelease{k.lease.ref(), reason})
+		acts = append(acts, actRemove{k.lease.ref()}, k.giveBack(k.lease.ref(), reason))
 	}
 	k.call, k.wait = 0, 0
 	k.to(s, why)
@@ -238,7 +246,8 @@ func (k *keeper) onTrigger(now instant, ev evTrigger) []any {
 }
 
 func (k *keeper) onReleased(now instant) []any {
-	if k.state != StateReleasing {
+	k.giving--
+	if k.state != StateReleasing || k.giving > 0 {
 		return nil
 	}
 	k.to(StateIdle, k.why)
@@ -250,6 +259,10 @@ func (k *keeper) onReleased(now instant) []any {
 
 // bind asks for a lease from idle, backing-off or releasing.
 func (k *keeper) bind(ev evTrigger) []any {
+	if k.giving > 0 {
+		k.to(StateReleasing, k.why)
+		return nil
+	}
 	if !k.path.source.IsValid() {
 		k.to(StateIdle, "no IPv6 way out")
 		return []any{actDrop{}}
@@ -271,7 +284,7 @@ func (k *keeper) onAnswer(now instant, ev evAnswer) []any {
 	if ev.id != k.call {
 		// Nobody waits for it any more. A lease that came late is given back, unless it is the one we hold.
 		if ev.err == nil && !(k.state.holds() && k.lease.ref() == ev.lease.ref()) && k.state != StateBinding {
-			return []any{actRelease{ev.lease.ref(), lease.ReasonIdle}}
+			return []any{k.giveBack(ev.lease.ref(), lease.ReasonIdle)}
 		}
 		return nil
 	}
@@ -298,8 +311,12 @@ func (k *keeper) onBound(now instant, l held) []any {
 	k.probeAt = k.nextProbe(now)
 	k.to(StateHeld, "bound")
 	acts = append(acts, actInstall{l})
-	if k.path.source.IsValid() && k.path.source != l.Host { // the source moved while the call was under way
+	switch { // what changed while the call was under way
+	case !k.path.source.IsValid():
+	case k.path.source != l.Host:
 		acts = append(acts, k.rebind("tunnel source changed")...)
+	case k.path.mtu != k.calling.mtu:
+		acts = append(acts, k.tellMTU()...)
 	}
 	return acts
 }
@@ -405,7 +422,7 @@ func (k *keeper) onUse(now instant, ev evUse) []any {
 		ref := k.lease.ref()
 		k.call, k.wanted = 0, now-1
 		k.to(StateReleasing, "idle")
-		return []any{actRemove{ref}, actRelease{ref, lease.ReasonIdle}}
+		return []any{actRemove{ref}, k.giveBack(ref, lease.ReasonIdle)}
 	}
 	var acts []any
 	switch {
@@ -430,10 +447,14 @@ func (k *keeper) onPath(now instant, ev evPath) []any {
 	case ev.source != k.lease.Host && !(k.call != 0 && k.calling.source == ev.source):
 		return k.rebind("tunnel source changed")
 	case ev.mtu != k.calling.mtu && k.call == 0: // calling is the last that was told
-		k.to(StateRenewing, "tunnel mtu changed")
-		return k.ask(request{ref: k.lease.ref()})
+		return k.tellMTU()
 	}
 	return nil
+}
+
+func (k *keeper) tellMTU() []any {
+	k.to(StateRenewing, "tunnel mtu changed")
+	return k.ask(request{ref: k.lease.ref()})
 }
 
 // rebind binds again while the lease is in place: the service moves it to the new tunnel source with a new generation.
@@ -452,7 +473,7 @@ func (k *keeper) onWelcome(now instant, ev evWelcome) []any {
 		return []any{actAnswer{k.lease.ref()}} // the stream that should have said so may have been down
 	case k.state == StateIdle && ev.known.Addr.IsValid():
 		// Of an earlier life of this host: nobody here uses it.
-		return []any{actRelease{ev.known, lease.ReasonIdle}}
+		return []any{k.giveBack(ev.known, lease.ReasonIdle)}
 	}
 	return nil
 }

@@ -242,6 +242,21 @@ func TestKeeper(t *testing.T) {
 		{"a lease that cannot be installed goes back", append(heldFrom(),
 			row{sec, evFailed{unreachable}, StateBackingOff, append(append([]any{}, gone...), actDrop{})},
 		)},
+		{"a Bind waits for the Release of a lease of an earlier life", []row{
+			{0, evPath{src1, testMTU}, StateIdle, nil},
+			{0, evWelcome{known: lease.Ref{Resource: ip7, Gen: 9}, timers: newKeeper().timers}, StateIdle, []any{actRelease{lease.Ref{Resource: ip7, Gen: 9}, lease.ReasonIdle}}},
+			{sec, evTrigger{trigger: lease.TriggerPacket}, StateReleasing, nil},
+			{2 * sec, evReleased{}, StateBinding, []any{bindCall(1, lease.TriggerPacket, 0)}},
+		}},
+		{"the MTU changes while a Bind is under way", []row{
+			{0, evPath{src1, testMTU}, StateIdle, nil},
+			{0, evTrigger{trigger: lease.TriggerPacket}, StateBinding, []any{bindCall(1, lease.TriggerPacket, 0)}},
+			{0, evPath{src1, 1240}, StateBinding, nil},
+			{0, evAnswer{1, granted(0, 1, src1), nil}, StateRenewing, []any{
+				actInstall{granted(0, 1, src1)},
+				actCall{2, request{source: src1, mtu: 1240, ref: granted(0, 1, src1).ref()}},
+			}},
+		}},
 		{"stop gives the lease back", append(heldFrom(),
 			row{2 * sec, evStop{}, StateIdle, append(append([]any{}, gone...), actDrop{})},
 		)},
@@ -303,6 +318,9 @@ func FuzzKeeper(f *testing.F) {
 			case 9:
 				ev = evStandby{}
 			case 10:
+				if k.giving == 0 {
+					continue
+				}
 				ev = evReleased{}
 			case 11:
 				ev = evWelcome{said: k.lease.ref(), timers: k.timers}
@@ -316,8 +334,14 @@ func FuzzKeeper(f *testing.F) {
 			if _, answer := ev.(evAnswer); answer && k.call == 0 {
 				continue
 			}
-			k.step(now, ev)
-			k.step(now, evTick{})
+			for _, ev := range []any{ev, evTick{}} {
+				holding := k.state.holds()
+				for _, act := range k.step(now, ev) {
+					if c, ok := act.(actCall); ok && !holding && k.giving > 0 {
+						t.Fatalf("call %d after %T while %d releases are under way", c.id, ev, k.giving)
+					}
+				}
+			}
 			if (k.state == StateBinding || k.state == StateRenewing) != (k.call != 0) {
 				t.Fatalf("state %s with call %d after %T", k.state, k.call, ev)
 			}

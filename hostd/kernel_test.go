@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/dstm-project/dstm/dataplane"
@@ -33,6 +34,13 @@ type tun struct {
 }
 
 func (t *tun) Configure(_ context.Context, c dataplane.HostConfig) error {
+	if t.f != nil { // open already: the MTU is what may differ
+		l, err := netlink.LinkByName(c.Device)
+		if err != nil || c.MTU == 0 {
+			return err
+		}
+		return netlink.LinkSetMTU(l, int(c.MTU))
+	}
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err

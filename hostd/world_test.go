@@ -42,7 +42,11 @@ type world struct {
 	refuse  error // of Attend, Bind and Renew
 	gen     lease.Gen
 	foreign bool // the device exists before us
-	log     bytes.Buffer
+
+	configured bool
+	mtu        uint16 // the packet path was configured with
+	uplinked   int    // times that it was
+	log        bytes.Buffer
 }
 
 func (w *world) note(format string, args ...any) {
@@ -157,7 +161,17 @@ func (s *fakeStream) Recv() (any, error) {
 type fakePath struct{ *world }
 
 func (f fakePath) Configure(_ context.Context, c dataplane.HostConfig) error {
-	f.note("configure %s %s", c.Device, c.Placeholder)
+	f.mu.Lock()
+	first, mtu := !f.configured, f.mtu
+	f.configured, f.mtu = true, c.MTU
+	f.uplinked++
+	f.mu.Unlock()
+	switch {
+	case first:
+		f.note("configure %s %s", c.Device, c.Placeholder)
+	case mtu != c.MTU:
+		f.note("path: mtu %d", c.MTU)
+	}
 	return nil
 }
 
