@@ -31,6 +31,7 @@ type FenceSet struct {
 type member struct {
 	Member
 	live     bool
+	heard    bool // it acknowledged something in this session: the packet path has a table
 	acked    Rev
 	deadline time.Duration // the service's, later than the gateway's own
 }
@@ -45,6 +46,8 @@ type Member struct {
 	TEP      string
 	Instance string
 	Session  uint64 // the newest session given out; sessions of one gateway only grow
+	// Horizon is the longest grant that may still run. It outlives a restart with a shorter one.
+	Horizon time.Duration
 }
 
 // TEPStatus is one member as operators see it.
@@ -58,7 +61,7 @@ type TEPStatus struct {
 }
 
 // NewFenceSet returns the fence set of the members that the store knows. Each may have a grant that was made just
-// before the restart, so each gets the full horizon.
+// before the restart, so each gets the full horizon of that time or of now, whichever is longer.
 func NewFenceSet(cfg FenceConfig, now time.Duration, head Rev, members ...Member) *FenceSet {
 	if cfg.RatePPM == 0 {
 		cfg.RatePPM = 500
@@ -68,14 +71,13 @@ func NewFenceSet(cfg FenceConfig, now time.Duration, head Rev, members ...Member
 	}
 	f := &FenceSet{cfg: cfg, teps: map[string]*member{}, head: head, due: head}
 	for _, m := range members {
-		f.teps[m.TEP] = &member{Member: m, deadline: now + f.horizon()}
+		f.teps[m.TEP] = &member{Member: m, deadline: now + f.horizon(max(m.Horizon, cfg.FailStatic))}
 	}
 	return f
 }
 
-// horizon is D on the slowest clock that is allowed.
-func (f *FenceSet) horizon() time.Duration {
-	d := f.cfg.FailStatic
+// horizon is a grant of d on the slowest clock that is allowed.
+func (f *FenceSet) horizon(d time.Duration) time.Duration {
 	return d + time.Duration(int64(d)/1_000_000*f.cfg.RatePPM) + time.Millisecond
 }
 
@@ -86,9 +88,12 @@ func (f *FenceSet) Hello(now time.Duration, tep, instance string) Member {
 		m = &member{Member: Member{TEP: tep}}
 		f.teps[tep] = m
 	}
-	m.Session++
+	if m.Session++; now > m.deadline {
+		m.Horizon = 0 // whatever was granted has passed
+	}
+	m.Horizon = max(m.Horizon, f.cfg.FailStatic)
 	m.Instance = instance
-	m.acked, m.live = 0, true
+	m.acked, m.heard, m.live = 0, false, true
 	m.deadline = max(m.deadline, now)
 	return m.Member
 }
@@ -101,7 +106,7 @@ func (f *FenceSet) Grant(now time.Duration, tep string, session uint64, last Rev
 	if err != nil {
 		return 0, 0, err
 	}
-	m.deadline = max(m.deadline, now+f.horizon())
+	m.deadline = max(m.deadline, now+f.horizon(f.cfg.FailStatic))
 	return f.cfg.FailStatic, last, nil
 }
 
@@ -114,7 +119,7 @@ func (f *FenceSet) Ack(tep string, session uint64, applied Rev) error {
 	if applied > f.head {
 		return fmt.Errorf("gateway %s acknowledges revision %d, the newest is %d", tep, applied, f.head)
 	}
-	m.acked = max(m.acked, applied)
+	m.acked, m.heard = max(m.acked, applied), true
 	return nil
 }
 
@@ -196,7 +201,7 @@ func (f *FenceSet) Acked(tep string) Rev {
 	return 0
 }
 
-func (f *FenceSet) serves(m *member) bool { return m.live && m.acked >= f.due }
+func (f *FenceSet) serves(m *member) bool { return m.live && m.heard && m.acked >= f.due }
 
 func (f *FenceSet) names(want func(*member) bool) []string {
 	var out []string

@@ -25,7 +25,7 @@ func TestFenceSet(t *testing.T) {
 
 	now := horizon
 	m := f.Hello(now, "old", "y")
-	if want := (lease.Member{TEP: "old", Instance: "y", Session: 8}); m != want {
+	if want := (lease.Member{TEP: "old", Instance: "y", Session: 8, Horizon: d}); m != want {
 		t.Errorf("member %+v, want %+v", m, want)
 	}
 	grant, floor, err := f.Grant(now, "old", 8, 10)
@@ -56,7 +56,39 @@ func TestFenceSet(t *testing.T) {
 	}
 }
 
+// TestShorterFailStatic: a restart with a shorter fail_static must not forget what was granted before it.
+func TestShorterFailStatic(t *testing.T) {
+	const long, short = 4 * time.Hour, 10 * time.Minute
+	f := lease.NewFenceSet(lease.FenceConfig{FailStatic: long}, 0, 1)
+	m := f.Hello(0, "tep1", "a")
+	if _, _, err := f.Grant(0, "tep1", 1, 1); err != nil {
+		t.Fatal(err)
+	}
+	f = lease.NewFenceSet(lease.FenceConfig{FailStatic: short}, 0, 1, m) // restart
+	if got := f.Watermark(long - time.Second); got != 0 {
+		t.Errorf("the gateway may still forward, yet revisions up to %d count as fenced", got)
+	}
+	if m = f.Hello(time.Minute, "tep1", "a"); m.Horizon != long {
+		t.Errorf("horizon %s while the long grant may run, want %s", m.Horizon, long)
+	}
+	at, _ := f.Next(0)
+	if got := f.Watermark(at); got != lease.MaxRev {
+		t.Errorf("past every grant: watermark %d", got)
+	}
+	if m = f.Hello(at, "tep1", "a"); m.Horizon != short {
+		t.Errorf("horizon %s after every grant, want %s", m.Horizon, short)
+	}
+}
+
 func TestServing(t *testing.T) {
+	empty := lease.NewFenceSet(lease.FenceConfig{FailStatic: time.Hour}, 0, 0)
+	empty.Hello(0, "t", "i")
+	if got := empty.Serving(0); got != nil {
+		t.Errorf("before anything was acknowledged: serving %v", got)
+	}
+	if err := empty.Ack("t", 1, 0); err != nil || !cmp.Equal(empty.Serving(0), []string{"t"}) {
+		t.Errorf("after the acknowledgement of an empty table: serving %v, %v", empty.Serving(0), err)
+	}
 	f := lease.NewFenceSet(lease.FenceConfig{FailStatic: time.Hour}, 0, 3)
 	ms := time.Millisecond
 	m := f.Hello(0, "t", "i")

@@ -121,10 +121,18 @@ func (s *Server) receive(st leasev1.Hosts_AttendServer, c caller, at *attendant)
 				at.end(err)
 				return
 			}
-			s.mu.Lock()
-			s.setSources(at, sources)
-			s.mu.Unlock()
+			s.changeSources(at, sources)
 		}
+	}
+}
+
+// changeSources takes what a host says of its addresses, unless its stream has ended meanwhile: nobody would take them off the
+// list again.
+func (s *Server) changeSources(at *attendant, sources []netip.Addr) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.hosts.byName[at.name] == at {
+		s.setSources(at, sources)
 	}
 }
 
@@ -222,6 +230,9 @@ func (s *Server) installed(at *attendant, ref lease.Ref) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	at.installed, at.silent = ref, false
+	if s.hosts.byName[at.name] != at {
+		return // its stream has ended
+	}
 	if in, ok := s.leaseOf(s.now().Mono, at.name); ok && in.Ref() == ref {
 		at.settle(leasev1.HintState_READY, lease.ReasonNone)
 		s.hostChanged(at.name)

@@ -58,11 +58,11 @@ func (a tepsAPI) Sync(st leasev1.Teps_SyncServer) error {
 	ss := &session{s: s, st: st, tep: hello.TEP}
 	ctx, cancel := context.WithCancelCause(st.Context())
 	defer cancel(nil)
+	defer ss.close()
 	w, err := ss.open(ctx, hello)
 	if err != nil {
 		return err
 	}
-	defer ss.close()
 	s.d.Log.Info("gateway session begins", "tep", ss.tep, "session", ss.number, "have_rev", uint64(hello.HaveRev))
 	go func() { cancel(ss.pump(ctx, w)) }()
 	go func() { cancel(ss.receive()) }()

@@ -352,6 +352,7 @@ type Member struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
 	Session       uint64                 `protobuf:"varint,2,opt,name=session,proto3" json:"session,omitempty"`
+	HorizonMs     uint64                 `protobuf:"varint,3,opt,name=horizon_ms,json=horizonMs,proto3" json:"horizon_ms,omitempty"` // the longest grant that may still run; 0 = not known
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -396,6 +397,13 @@ func (x *Member) GetInstance() string {
 func (x *Member) GetSession() uint64 {
 	if x != nil {
 		return x.Session
+	}
+	return 0
+}
+
+func (x *Member) GetHorizonMs() uint64 {
+	if x != nil {
+		return x.HorizonMs
 	}
 	return 0
 }
@@ -498,10 +506,12 @@ const file_dstm_store_v1_store_proto_rawDesc = "" +
 	"\x05bound\x18\x05 \x01(\x03R\x05bound\x12\x18\n" +
 	"\aunbound\x18\x06 \x01(\x03R\aunbound\x12\x16\n" +
 	"\x06fenced\x18\a \x01(\x03R\x06fenced\x12\x10\n" +
-	"\x03end\x18\b \x01(\rR\x03end\">\n" +
+	"\x03end\x18\b \x01(\rR\x03end\"]\n" +
 	"\x06Member\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x18\n" +
-	"\asession\x18\x02 \x01(\x04R\asession\"D\n" +
+	"\asession\x18\x02 \x01(\x04R\asession\x12\x1d\n" +
+	"\n" +
+	"horizon_ms\x18\x03 \x01(\x04R\thorizonMs\"D\n" +
 	"\x04Pool\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\fR\x06prefix\x12\x12\n" +
 	"\x04bits\x18\x02 \x01(\rR\x04bits\x12\x10\n" +

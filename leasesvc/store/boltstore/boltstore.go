@@ -174,7 +174,9 @@ func (s *Store) Load(context.Context) (store.State, error) {
 				if err := proto.Unmarshal(v, &m); err != nil {
 					return err
 				}
-				st.Members = append(st.Members, lease.Member{TEP: string(k), Instance: m.Instance, Session: m.Session})
+				st.Members = append(st.Members, lease.Member{
+					TEP: string(k), Instance: m.Instance, Session: m.Session, Horizon: duration(m.HorizonMs),
+				})
 				return nil
 			}),
 			tx.Bucket(bucketPool).ForEach(func(k, v []byte) error {
@@ -389,4 +391,10 @@ func decodeResource(k []byte) (lease.Resource, error) {
 	}
 	r := lease.Resource{Addr: netip.AddrFrom4([4]byte(k)), PSIDLen: k[4], PSID: binary.BigEndian.Uint16(k[5:])}
 	return r, r.Valid()
+}
+
+// duration reads milliseconds; what is longer than the configuration allows (7 days) is read as a year.
+func duration(ms uint64) time.Duration {
+	const year = 365 * 24 * time.Hour
+	return time.Duration(min(ms, uint64(year/time.Millisecond))) * time.Millisecond
 }

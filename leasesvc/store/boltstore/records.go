@@ -57,7 +57,8 @@ func applyOne(tx *bbolt.Tx, it item) error {
 		}
 	}
 	for _, m := range it.tx.Members {
-		if err := putProto(tx.Bucket(bucketMember), []byte(m.TEP), &storev1.Member{Instance: m.Instance, Session: m.Session}); err != nil {
+		rec := &storev1.Member{Instance: m.Instance, Session: m.Session, HorizonMs: uint64(m.Horizon.Milliseconds())}
+		if err := putProto(tx.Bucket(bucketMember), []byte(m.TEP), rec); err != nil {
 			return err
 		}
 	}

@@ -108,7 +108,7 @@ func testReopen(t *testing.T, open Opener) {
 	revoked.UnboundAt, revoked.Until, revoked.End = t0.Add(time.Minute), time.Time{}, lease.ReasonIdle
 	c4 := lease.Commit{Rev: 4, Address: revoked, Audit: revoked.Audit(), Record: lease.UnbindRecord(4, revoked.Ref())}
 	mustCommit(t, s, store.Tx{Commits: []lease.Commit{c1}, Pools: []lease.Record{lease.PoolRecord(2, pool, false)}, Wall: t0})
-	mustCommit(t, s, store.Tx{Members: []lease.Member{{TEP: "tep1", Instance: "a", Session: 7}}, Wall: t0.Add(time.Second)})
+	mustCommit(t, s, store.Tx{Members: []lease.Member{{TEP: "tep1", Instance: "a", Session: 7, Horizon: 4 * time.Hour}}, Wall: t0.Add(time.Second)})
 	mustCommit(t, s, store.Tx{Commits: []lease.Commit{c2, c4}, Wall: t0.Add(-time.Hour)})
 	closeStore(t, s)
 	s = open(t, 0)
@@ -117,7 +117,7 @@ func testReopen(t *testing.T, open Opener) {
 	want := store.State{
 		Cluster: first.Cluster, Epoch: first.Epoch, Last: 4, Wall: t0.Add(time.Second),
 		Addresses: []lease.Address{revoked, c2.Address},
-		Members:   []lease.Member{{TEP: "tep1", Instance: "a", Session: 7}},
+		Members:   []lease.Member{{TEP: "tep1", Instance: "a", Session: 7, Horizon: 4 * time.Hour}},
 		Pools:     []lease.Pool{pool},
 	}
 	slices.SortFunc(got.Addresses, func(a, b lease.Address) int { return a.Resource.Compare(b.Resource) })
