@@ -13,12 +13,17 @@ type Cell struct {
 	per64  int
 	hosts  map[string]Resource
 	counts map[netip.Prefix]int
+	behind map[string]int // addresses that a host has given up and that nobody else can have yet
 }
+
+// maxBehind is how many addresses a host may have behind it. One that moves, or binds and releases, faster than gateways let
+// go and hold-downs pass would otherwise drain the pool by itself.
+const maxBehind = 4
 
 // NewCell returns the shared part of a store whose newest revision is last. per64 is the number of leases that tunnel
 // sources of one /64 may have together; 0 = no limit.
 func NewCell(epoch Epoch, last Rev, per64 int) *Cell {
-	return &Cell{epoch: epoch, last: last, per64: per64, hosts: map[string]Resource{}, counts: map[netip.Prefix]int{}}
+	return &Cell{epoch: epoch, last: last, per64: per64, hosts: map[string]Resource{}, counts: map[netip.Prefix]int{}, behind: map[string]int{}}
 }
 
 // Epoch returns the epoch of the store.
@@ -50,6 +55,15 @@ func net64(a netip.Addr) netip.Prefix {
 
 func (c *Cell) full(source netip.Addr) bool {
 	return c.per64 > 0 && c.counts[net64(source)] >= c.per64
+}
+
+// leave and left count an address that is REVOKING or in HOLD.
+func (c *Cell) leave(host string) { c.behind[host]++ }
+
+func (c *Cell) left(host string) {
+	if c.behind[host]--; c.behind[host] <= 0 {
+		delete(c.behind, host)
+	}
 }
 
 func (c *Cell) add(a *Address) error {

@@ -180,6 +180,9 @@ func value(a netip.Addr) uint32 {
 func (c *Core) push(s State, i int32) {
 	e := &c.entries[i]
 	e.State = s
+	if s == Revoking || s == Hold {
+		c.cell.leave(e.Host)
+	}
 	if s == Free && e.excluded {
 		return
 	}
@@ -198,6 +201,9 @@ func (c *Core) push(s State, i int32) {
 func (c *Core) pull(i int32) {
 	e := &c.entries[i]
 	c.clearTimer(i)
+	if e.State == Revoking || e.State == Hold {
+		c.cell.left(e.Host)
+	}
 	if e.State == Free && e.excluded {
 		return
 	}

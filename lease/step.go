@@ -40,6 +40,10 @@ func (c *Core) bind(now Now, ev Bind) {
 			c.extend(now, i, ev.Valid, ev.MTU)
 			return
 		}
+		if c.cell.behind[ev.Host] >= maxBehind {
+			c.out.Deny = ReasonQuota // and the lease stays where it was
+			return
+		}
 		c.end(now, i, ReasonMoved)
 	}
 	if c.cell.full(ev.Source) {
@@ -47,8 +51,12 @@ func (c *Core) bind(now Now, ev Bind) {
 		return
 	}
 	i, ok := c.choose(ev)
-	if !ok {
+	switch {
+	case !ok:
 		c.out.Deny = ReasonPoolDry
+		return
+	case c.cell.behind[ev.Host] > maxBehind && c.entries[i].Host != ev.Host:
+		c.out.Deny = ReasonQuota
 		return
 	}
 	c.grant(now, i, ev)
