@@ -100,6 +100,7 @@ func testGateway(t *testing.T, e Engine, kind uplinkKind, seen map[dataplane.Dro
 	b.run(t, gatewayForwards())
 	b.run(t, gatewayHairpins())
 	b.run(t, gatewayRefuses())
+	b.testForged(t)
 	b.run(t, gatewayMalformed())
 	b.run(t, notForGateway())
 	b.testMTU(t)
@@ -235,6 +236,20 @@ func gatewayRefuses() []row {
 		{"down from multicast", frame{tun, data("224.0.0.1", leased)}, nil, downDropped(dataplane.DropInnerAddress)},
 		{"down and IPv6", frame{tun, tunnel(hostIP, tepIP, data(server, leased))}, nil, downDropped(dataplane.DropNotIPv4)},
 		{"down above the MTU", frame{tun, sized(smallMTU+1, server, small)}, nil, downDropped(dataplane.DropTooBig)},
+	}
+}
+
+// testForged: a leased source that comes from the IPv4 side. Strict reverse path filters would drop it before us, so they
+// are off here.
+func (b *gatewayBed) testForged(t *testing.T) {
+	filters := []string{"net/ipv4/conf/all/rp_filter", "net/ipv4/conf/v4/rp_filter"}
+	for _, f := range filters {
+		b.ns.Sysctl(f, "0")
+	}
+	forged := frame{exit, data(otherLeased, leased)}
+	b.run(t, []row{{"down from another host's lease, forged outside", forged, nil, downDropped(dataplane.DropInnerAddress)}})
+	for _, f := range filters {
+		b.ns.Sysctl(f, "1")
 	}
 }
 

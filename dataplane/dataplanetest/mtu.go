@@ -53,6 +53,11 @@ func (b *gatewayBed) testMTU(t *testing.T) {
 			return b.path.Replace(ctx, wide)
 		}, false},
 		{"replace at last", func() error { return b.path.Replace(ctx, table) }, true},
+		{"device down and up, and configured again", func() error {
+			b.ns.IP("link set "+device+" down", "link set "+device+" up", "route add 198.51.100.0/24 dev "+device)
+			b.configure(t)
+			return nil
+		}, true},
 	} {
 		if err := s.change(); err != nil {
 			t.Fatalf("%s: %v", s.name, err)

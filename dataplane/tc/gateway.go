@@ -99,7 +99,10 @@ func (g *Gateway) Configure(_ context.Context, c dataplane.GatewayConfig) error 
 	if err := e.attach(uplinks); err != nil {
 		return err
 	}
-	return g.resetRoutes()
+	if int(g.routes.most) == e.mtu {
+		return g.routes.heal()
+	}
+	return g.resetRoutes() // the first time, and when the device's MTU has changed
 }
 
 func (g *Gateway) settings(c dataplane.GatewayConfig) error {

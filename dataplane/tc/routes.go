@@ -26,24 +26,16 @@ type mtuRoutes struct {
 	have   map[netip.Addr]uint16
 }
 
-// resetRoutes begins with the routes that the kernel has: of a process before this one, or for another MTU of the
-// device.
+// resetRoutes begins with the routes that the kernel has, of a process before this one or for another MTU of the device, and
+// reads the whole table for what they are to be.
 func (g *Gateway) resetRoutes() error {
 	ix, err := ifindex(g.e.name)
 	if err != nil {
 		return err
 	}
-	r := mtuRoutes{nl: g.e.nl, device: int(ix), most: uint16(g.e.mtu), have: map[netip.Addr]uint16{}}
-	filter := &netlink.Route{LinkIndex: r.device, Protocol: routeProtocol}
-	routes, err := r.nl.RouteListFiltered(unix.AF_INET, filter, netlink.RT_FILTER_OIF|netlink.RT_FILTER_PROTOCOL)
-	if err != nil {
-		return fmt.Errorf("data path tc: routes: %w", err)
-	}
-	for _, k := range routes {
-		if bits, _ := k.Dst.Mask.Size(); bits == 32 && k.MTU != 0 {
-			a, _ := netip.AddrFromSlice(k.Dst.IP.To4())
-			r.have[a] = uint16(k.MTU)
-		}
+	r := mtuRoutes{nl: g.e.nl, device: int(ix), most: uint16(g.e.mtu)}
+	if r.have, err = r.list(); err != nil {
+		return err
 	}
 	g.routes = r
 	es, err := g.entries()
@@ -55,6 +47,46 @@ func (g *Gateway) resetRoutes() error {
 		bs[i] = e.Binding
 	}
 	return g.routes.replace(bs)
+}
+
+// list returns the routes that the kernel has.
+func (m *mtuRoutes) list() (map[netip.Addr]uint16, error) {
+	filter := &netlink.Route{LinkIndex: m.device, Protocol: routeProtocol}
+	routes, err := m.nl.RouteListFiltered(unix.AF_INET, filter, netlink.RT_FILTER_OIF|netlink.RT_FILTER_PROTOCOL)
+	if err != nil {
+		return nil, fmt.Errorf("data path tc: routes: %w", err)
+	}
+	have := map[netip.Addr]uint16{}
+	for _, k := range routes {
+		if bits, _ := k.Dst.Mask.Size(); bits == 32 && k.MTU != 0 {
+			a, _ := netip.AddrFromSlice(k.Dst.IP.To4())
+			have[a] = uint16(k.MTU)
+		}
+	}
+	return have, nil
+}
+
+// heal brings back what somebody took away, as the kernel does when the device goes down.
+func (m *mtuRoutes) heal() error {
+	want := m.have
+	have, err := m.list()
+	if err != nil {
+		return err
+	}
+	m.have = have
+	for a, mtu := range want {
+		if err := m.set(lease.Whole(a), mtu); err != nil {
+			return err
+		}
+	}
+	for a := range have {
+		if _, ok := want[a]; !ok {
+			if err := m.set(lease.Whole(a), 0); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // replace makes the routes exactly those of the bindings.

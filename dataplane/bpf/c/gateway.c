@@ -148,7 +148,8 @@ SEC("tcx/egress") int gateway_device(struct __sk_buff *skb)
 	b = find(ip.daddr);
 	if (!b)
 		return drop(c, DROP_NO_BINDING);
-	if (martian(ip.saddr))
+	/* A leased source comes out of a tunnel, by way of the device; from anywhere else it is forged. */
+	if (martian(ip.saddr) || (skb->ingress_ifindex != cfg->device && find(ip.saddr)))
 		return drop(c, DROP_INNER_ADDRESS);
 	if (!fits(skb, 0, &ip, b))
 		return drop(c, DROP_TOO_BIG);
