@@ -217,7 +217,6 @@ func TestBadMachine(t *testing.T) {
 		out, code = p.run(nil, "start")
 		p.check(program+" without CAP_PERFMON", out, code, daemon.ExitMissing, "missing CAP_PERFMON:")
 
-
 		// A namespace of its own with an interface that somebody else made.
 		p.write("start", "#!/bin/sh\nip link add dstm0 type veth peer name other || exit 99\n"+
 			"exec "+programs+"/"+program+" -c DIR/"+program+".yaml\n")
