@@ -10,29 +10,44 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
-
-	"github.com/rogpeppe/go-internal/txtar"
 )
 
 // Step is one expectation: a shell script that runs in a node and must end with 0.
 type Step struct {
 	Node, Name, Script string
+	Line               int // where it begins in its file
 }
 
-// ParseSteps reads expectations from a txtar archive. Every file is a step; its name is "node: what it shows".
+// ParseSteps reads expectations from a txtar archive: what follows a line "-- node: what it shows --", up to the next
+// one, is a step. What comes before the first is a comment.
 func ParseSteps(name string, data []byte) ([]Step, error) {
 	var out []Step
-	for i, f := range txtar.Parse(data).Files {
-		node, what, ok := strings.Cut(f.Name, ": ")
-		if !ok || node == "" || what == "" {
-			return nil, fmt.Errorf("%s: step %d: %q: want \"-- node: what it shows --\"", name, i+1, f.Name)
+	line := 0
+	for text := range strings.Lines(string(data)) {
+		line++
+		title, ok := marker(text)
+		switch {
+		case ok:
+			node, what, _ := strings.Cut(title, ": ")
+			if node == "" || what == "" {
+				return nil, fmt.Errorf("%s:%d:4: step %q: want \"-- node: what it shows --\"", name, line, title)
+			}
+			out = append(out, Step{Node: node, Name: what, Line: line})
+		case len(out) > 0:
+			out[len(out)-1].Script += text
 		}
-		out = append(out, Step{Node: node, Name: what, Script: string(f.Data)})
 	}
 	if len(out) == 0 {
-		return nil, fmt.Errorf("%s: no steps", name)
+		return nil, fmt.Errorf("%s: no steps: want \"-- node: what it shows --\" before each", name)
 	}
 	return out, nil
+}
+
+// marker returns what stands between the dashes of a line that begins a step.
+func marker(line string) (title string, ok bool) {
+	title, begins := strings.CutPrefix(strings.TrimRight(line, "\r\n"), "-- ")
+	title, ends := strings.CutSuffix(title, " --")
+	return strings.TrimSpace(title), begins && ends
 }
 
 // ErrFailed means that a step did not come out as expected.
@@ -49,9 +64,9 @@ func (l *Lab) Run(ctx context.Context, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	for i, s := range steps {
+	for _, s := range steps {
 		if !l.Has(s.Node) {
-			return fmt.Errorf("%s: step %d: node %q does not run", path, i+1, s.Node)
+			return fmt.Errorf("%s:%d:4: node %q does not run: want one of %q", path, s.Line, s.Node, l.t.names())
 		}
 	}
 	failed := 0

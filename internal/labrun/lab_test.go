@@ -298,6 +298,15 @@ func TestOtherFile(t *testing.T) {
 	open(t, other)
 }
 
+// TestUnknownNode: a step in a node that is not there is found before any step runs.
+func TestUnknownNode(t *testing.T) {
+	path := writeLab(t, "topology: {nodes: {a: {kind: linux}}}", "-- b: x --\ntrue\n")
+	err := open(t, path).Run(t.Context(), io.Discard)
+	if err == nil || !strings.Contains(err.Error(), `expect.txtar:1:4: node "b" does not run: want one of ["a"]`) {
+		t.Errorf("run: %v", err)
+	}
+}
+
 // TestInterruptedUp: of an up that is killed at any moment, down finds everything.
 func TestInterruptedUp(t *testing.T) {
 	needRoot(t)

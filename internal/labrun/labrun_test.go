@@ -1,6 +1,10 @@
 package labrun
 
 import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -98,22 +102,56 @@ func TestBadTopologies(t *testing.T) {
 }
 
 func TestParseSteps(t *testing.T) {
-	const archive = "a comment\n-- r1: it answers --\nping -c1 x\n\n-- h1: so: does this --\ntrue\n"
+	const archive = "a comment\n-- r1: it answers --\nping -c1 x\n\n-- h1: so: does this --\r\ntrue\n-- --\n"
 	got, err := ParseSteps("expect.txtar", []byte(archive))
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []Step{{"r1", "it answers", "ping -c1 x\n\n"}, {"h1", "so: does this", "true\n"}}
+	want := []Step{{"r1", "it answers", "ping -c1 x\n\n", 2}, {"h1", "so: does this", "true\n-- --\n", 5}}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("steps (-want +got):\n%s", d)
 	}
-	for text, want := range map[string]string{
-		"":                     "expect.txtar: no steps",
-		"-- r1 --\ntrue\n":     `expect.txtar: step 1: "r1": want "-- node: what it shows --"`,
-		"-- : what --\ntrue\n": `step 1: ": what": want`,
+}
+
+func TestBadSteps(t *testing.T) {
+	for _, c := range []struct{ name, text, want string }{
+		{"empty", "", `expect.txtar: no steps: want "-- node: what it shows --" before each`},
+		{"comment only", "true\n--r1: x --\n", "expect.txtar: no steps"},
+		{"no name", "\n-- r1 --\ntrue\n", `expect.txtar:2:4: step "r1": want "-- node: what it shows --"`},
+		{"no node", "-- : what --\ntrue\n", `expect.txtar:1:4: step ": what": want`},
+		{"nothing", "--  --\n", `expect.txtar:1:4: step "": want`},
 	} {
-		if _, err := ParseSteps("expect.txtar", []byte(text)); err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("%q: error %v, want %q", text, err, want)
+		if _, err := ParseSteps("expect.txtar", []byte(c.text)); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: error %v, want %q", c.name, err, c.want)
+		}
+	}
+}
+
+// TestLabs: the labs of this repository can be read, and their steps are of nodes that they have.
+func TestLabs(t *testing.T) {
+	files, err := filepath.Glob("../../lab/*/*.clab.yml")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("labs %v, %v", files, err)
+	}
+	for _, file := range files {
+		topo, err := Load(file)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		path := filepath.Join(filepath.Dir(file), "expect.txtar")
+		b, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // a lab that is only brought up
+		}
+		steps, err := ParseSteps(path, b)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, s := range steps {
+			if topo.Topology.Nodes[s.Node] == nil {
+				t.Errorf("%s:%d: no node %q", path, s.Line, s.Node)
+			}
 		}
 	}
 }
@@ -143,6 +181,7 @@ func FuzzParse(f *testing.F) {
 
 func FuzzParseSteps(f *testing.F) {
 	f.Add([]byte("-- a: b --\nx\n"))
+	f.Add([]byte("-- --"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		steps, err := ParseSteps("f", b)
 		if err == nil && len(steps) == 0 {
