@@ -102,8 +102,13 @@ func (l *Lab) startHolder(ctx context.Context, name string) error {
 	if err != nil {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
-		why, _ := os.ReadFile(log.Name())
-		return fmt.Errorf("its holder did not get ready: %w: %s", errors.Join(context.Cause(ctx), err), bytes.TrimSpace(why))
+		if said, _ := os.ReadFile(log.Name()); len(said) > 0 {
+			err = errors.New(string(bytes.TrimSpace(said)))
+		}
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return fmt.Errorf("its holder did not get ready: %w", err)
 	}
 	return nil
 }
