@@ -166,14 +166,11 @@ func (l *Lab) link(ctx context.Context, k Link) error {
 // run runs a command in a node and returns what it wrote. It does not wait for what the command left in the background
 // with its output: that goes to a file, which unlike a pipe nobody has to close.
 func (l *Lab) run(ctx context.Context, node string, args ...string) ([]byte, error) {
-	f, err := os.CreateTemp("", "dstm-lab")
+	f, err := os.OpenFile(os.TempDir(), os.O_RDWR|unix.O_TMPFILE, 0o600) // without a name nothing stays
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("file for output: %w", err)
 	}
 	defer f.Close()
-	if err := os.Remove(f.Name()); err != nil {
-		return nil, err
-	}
 	ctx, cancel := context.WithTimeoutCause(ctx, commandTimeout, fmt.Errorf("not done after %s", commandTimeout))
 	defer cancel()
 	c := l.Command(ctx, node, args...)
