@@ -189,7 +189,7 @@ func (s *Server) Status() Status {
 // Handlers are the pages of the admin listener.
 func (s *Server) Handlers() map[string]http.Handler {
 	return map[string]http.Handler{
-		"GET /status": daemon.JSON("dstm.status/1", func(*http.Request) (any, error) { return s.Status(), nil }),
+		"GET /status": daemon.JSON("dstm.leasesvc/1", func(*http.Request) (any, error) { return s.Status(), nil }),
 	}
 }
 
