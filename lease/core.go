@@ -61,10 +61,10 @@ type Address struct {
 	MTU       uint16     // inner bytes; 0 = the gateway's own
 	Trigger   Trigger
 	BoundAt   time.Time
-	UnboundAt time.Time // zero while bound
-	FencedAt  time.Time // zero until HOLD
-	Until     time.Time // BOUND: durable_until; no promise made to the host reaches beyond it
-	End       Reason    // why the lease ended
+	UnboundAt time.Time     // zero while bound
+	FencedAt  time.Time     // zero until HOLD
+	Valid     time.Duration // BOUND: the longest validity promised under this generation; 0 otherwise
+	End       Reason        // why the lease ended
 }
 
 // Binding returns the lease of a BOUND address as gateways see it.

@@ -13,7 +13,7 @@ import (
 
 var (
 	epoch  = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
-	opaque = cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})
+	opaque = cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{}, netip.AddrPort{})
 	tepA   = netip.MustParseAddr("2001:db8:a::1")
 	srcA   = netip.MustParseAddr("2001:db8:1::a")
 	srcB   = netip.MustParseAddr("2001:db8:1::b")
@@ -50,11 +50,11 @@ func TestLife(t *testing.T) {
 	r := ref("198.51.100.7", g1)
 	bound := lease.Address{
 		Resource: r.Resource, State: lease.Bound, Gen: g1, Rev: 1, Host: "a", Source: srcA, TEP: tepA, MTU: 1440,
-		Trigger: lease.TriggerDNS, BoundAt: epoch, Until: epoch.Add(30 * time.Minute),
+		Trigger: lease.TriggerDNS, BoundAt: epoch, Valid: 15 * time.Minute,
 	}
 	revoking := bound
 	revoking.State, revoking.Rev, revoking.RevokeRev = lease.Revoking, 2, 2
-	revoking.UnboundAt, revoking.End, revoking.Until = epoch.Add(time.Minute), lease.ReasonIdle, time.Time{}
+	revoking.UnboundAt, revoking.End, revoking.Valid = epoch.Add(time.Minute), lease.ReasonIdle, 0
 	hold := revoking
 	hold.State, hold.Rev, hold.FencedAt = lease.Hold, 3, epoch.Add(61*time.Second)
 	free := hold
@@ -70,7 +70,7 @@ func TestLife(t *testing.T) {
 			Grant:   &lease.Grant{Ref: r, Host: "a", Source: srcA, TEP: tepA, Valid: 15 * time.Minute, MTU: 1440, Rev: 1},
 		}},
 		{"the pool is dry for another", 0, lease.Bind{Host: "b", Source: srcB}, lease.Actions{Deny: lease.ReasonPoolDry}},
-		{"renewal within durable_until writes nothing", time.Minute, lease.Renew{Host: "a", Ref: r, Source: srcA}, lease.Actions{
+		{"a renewal that promises no more than the bind writes nothing", time.Minute, lease.Renew{Host: "a", Ref: r, Source: srcA}, lease.Actions{
 			Grant: &lease.Grant{Ref: r, Host: "a", Source: srcA, TEP: tepA, Valid: 15 * time.Minute, MTU: 1440, Renewed: true, Rev: 1},
 		}},
 		{"a stranger cannot release", time.Minute, lease.Release{Host: "b", Ref: r}, lease.Actions{Deny: lease.ReasonNotAllowed}},
@@ -180,17 +180,19 @@ func TestChoice(t *testing.T) {
 func TestRenewalWrites(t *testing.T) {
 	c, _ := core(t, config("198.51.100.7/32"), 0)
 	r := c.Step(at(0), lease.Bind{Host: "a", Source: srcA, MTU: 1440}).Grant.Ref
-	commits := func(d time.Duration, mtu uint16) []lease.Commit {
-		return c.Step(at(d), lease.Renew{Host: "a", Ref: r, Source: srcA, MTU: mtu}).Commits
+	commits := func(d time.Duration, mtu uint16, valid time.Duration) []lease.Commit {
+		return c.Step(at(d), lease.Renew{Host: "a", Ref: r, Source: srcA, MTU: mtu, Valid: valid}).Commits
 	}
-	if got := commits(15*time.Minute-1, 1440); len(got) != 0 {
-		t.Errorf("durable_until covers the promise, yet: %+v", got)
+	for d := time.Minute; d < 16*time.Minute; d += time.Minute {
+		if got := commits(d, 1440, 0); len(got) != 0 {
+			t.Errorf("the stored validity covers the promise, yet: %+v", got)
+		}
 	}
-	got := commits(16*time.Minute, 1440)
-	if len(got) != 1 || !got[0].Address.Until.Equal(epoch.Add(46*time.Minute)) || got[0].Record.Kind != lease.KindNone {
-		t.Errorf("the promise reaches beyond durable_until: %+v", got)
+	got := commits(16*time.Minute, 1440, 16*time.Minute)
+	if len(got) != 1 || got[0].Address.Valid != 16*time.Minute || got[0].Record.Kind != lease.KindNone {
+		t.Errorf("a longer promise than any before: %+v", got)
 	}
-	got = commits(17*time.Minute, 1400)
+	got = commits(17*time.Minute, 1400, 0)
 	if len(got) != 1 || got[0].Record.Kind != lease.KindBind || got[0].Record.Bind.Gen != r.Gen || got[0].Record.Bind.MTU != 1400 {
 		t.Errorf("another MTU travels with the same generation: %+v", got)
 	}
@@ -201,14 +203,14 @@ func TestRenewalWrites(t *testing.T) {
 
 func TestRestart(t *testing.T) {
 	cfg := config("198.51.100.0/29")
-	addr := func(last byte, s lease.State, rev, revoke lease.Rev, host string, until time.Duration) lease.Address {
+	addr := func(last byte, s lease.State, rev, revoke lease.Rev, host string, valid time.Duration) lease.Address {
 		return lease.Address{
 			Resource: lease.Whole(netip.AddrFrom4([4]byte{198, 51, 100, last})), State: s, Gen: lease.MakeGen(1, rev), Rev: rev,
-			RevokeRev: revoke, Host: host, Source: srcA, TEP: tepA, Until: epoch.Add(until),
+			RevokeRev: revoke, Host: host, Source: srcA, TEP: tepA, Valid: valid,
 		}
 	}
 	records := []lease.Address{
-		addr(1, lease.Bound, 1, 0, "a", -time.Hour), addr(2, lease.Bound, 2, 0, "b", time.Hour),
+		addr(1, lease.Bound, 1, 0, "a", time.Minute), addr(2, lease.Bound, 2, 0, "b", time.Hour),
 		addr(3, lease.Revoking, 9, 9, "c", 0), addr(4, lease.Revoking, 8, 8, "d", 0), addr(5, lease.Hold, 7, 6, "e", 0),
 		addr(6, lease.Bound, 10, 0, "a", time.Hour), addr(7, lease.Free, 5, 4, "g", 0),
 	}

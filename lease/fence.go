@@ -2,6 +2,7 @@ package lease
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"time"
 )
@@ -48,6 +49,11 @@ type Member struct {
 	Session  uint64 // the newest session given out; sessions of one gateway only grow
 	// Horizon is the longest grant that may still run. It outlives a restart with a shorter one.
 	Horizon time.Duration
+	// Question is where the gateway answers the questions of others (F9), an IPv6 address and a port; zero = nowhere.
+	Question netip.AddrPort
+	// Witnesses are the gateways, sorted, that may witness against this one: those in every member list that it may act
+	// on (F9).
+	Witnesses []string
 }
 
 // TEPStatus is one member as operators see it.

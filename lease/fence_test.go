@@ -1,6 +1,7 @@
 package lease_test
 
 import (
+	"reflect"
 	"testing"
 	"time"
 
@@ -25,7 +26,7 @@ func TestFenceSet(t *testing.T) {
 
 	now := horizon
 	m := f.Hello(now, "old", "y")
-	if want := (lease.Member{TEP: "old", Instance: "y", Session: 8, Horizon: d}); m != want {
+	if want := (lease.Member{TEP: "old", Instance: "y", Session: 8, Horizon: d}); !reflect.DeepEqual(m, want) {
 		t.Errorf("member %+v, want %+v", m, want)
 	}
 	grant, floor, err := f.Grant(now, "old", 8, 10)
@@ -119,7 +120,7 @@ func TestServing(t *testing.T) {
 		t.Errorf("without a stream: serving %v", got)
 	}
 	want := []lease.TEPStatus{{Member: m, Acked: 4, Head: 5}}
-	if got := f.Status(1022 * ms); !cmp.Equal(got, want) {
+	if got := f.Status(1022 * ms); !cmp.Equal(got, want, opaque) {
 		t.Errorf("status %+v", got)
 	}
 }

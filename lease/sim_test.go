@@ -158,10 +158,13 @@ func (s *sim) step(ev lease.Event) (lease.Actions, error) {
 	return a, nil
 }
 
+// valid draws what a host asks for.
+func (s *sim) valid() time.Duration { return time.Duration(s.draw(20)) * time.Second }
+
 // bind checks I9 on the way.
 func (s *sim) bind(host string, source byte) error {
 	st := s.core.Stats()
-	a, err := s.step(lease.Bind{Host: host, Source: netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, 15: source})})
+	a, err := s.step(lease.Bind{Host: host, Source: netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, 15: source}), Valid: s.valid()})
 	if err == nil && a.Grant == nil && st.Free+st.Reserved > 0 {
 		return fmt.Errorf("I9: %s was refused (%s) with %d addresses free and %d reserved", host, a.Deny, st.Free, st.Reserved)
 	}
@@ -184,7 +187,7 @@ func (s *sim) act() error {
 		}
 	case 5:
 		if l, ok := s.leases[host]; ok {
-			_, err = s.step(lease.Renew{Host: host, Ref: l.Ref, Source: l.Source, MTU: uint16(1400 + s.draw(2))})
+			_, err = s.step(lease.Renew{Host: host, Ref: l.Ref, Source: l.Source, MTU: uint16(1400 + s.draw(2)), Valid: s.valid()})
 		}
 	case 6:
 		_, err = s.step(lease.Reserve{Host: fmt.Sprint("hinted", s.draw(4))})

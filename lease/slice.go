@@ -33,8 +33,8 @@ type rules struct {
 	fencedAt func(*Address) Rev
 	// takesReserved says that a Bind may take the reservation of another host.
 	takesReserved bool
-	// writes says whether a renewal must be written.
-	writes func(durable, valid time.Duration) bool
+	// writes says whether a renewal must be written: it promises more at once than any before it.
+	writes func(stored, valid time.Duration) bool
 	// newGen returns the generation of a bind.
 	newGen func(*Cell, Rev) Gen
 }
@@ -43,7 +43,7 @@ func defaultRules() rules {
 	return rules{
 		fencedAt:      func(a *Address) Rev { return a.RevokeRev },
 		takesReserved: true,
-		writes:        func(durable, valid time.Duration) bool { return durable < valid },
+		writes:        func(stored, valid time.Duration) bool { return stored < valid },
 		newGen:        func(c *Cell, r Rev) Gen { return MakeGen(c.epoch, r) },
 	}
 }
@@ -54,7 +54,6 @@ type entry struct {
 	prev, next int32
 	timer      int32         // position in the heap, -1 = none
 	at         time.Duration // when the state ends by itself
-	durable    time.Duration // BOUND: durable_until on the monotonic clock
 	forHost    string        // RESERVED: for whom
 	excluded   bool
 }
@@ -65,10 +64,28 @@ type queue struct {
 	n          int
 }
 
-// NewCore builds the core of a slice from the records that the store holds for it; none for a new one. Leases live on:
-// nothing expires before max(T1, Grace) has passed, hold-downs begin again, revoking addresses wait for the fence again.
-// now.Wall must not be before the newest time in the store, wherever the clock of the machine went since.
+// NewCore builds the core of a slice from the records that the store holds for it; none for a new one. See Loader.
 func NewCore(cfg Config, cell *Cell, now Now, records []Address) (*Core, error) {
+	l, err := NewLoader(cfg, cell)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range records {
+		if err := l.Put(r); err != nil {
+			return nil, err
+		}
+	}
+	return l.Core(now), nil
+}
+
+// Loader builds a core from stored records one by one, so that a large store is never in memory twice.
+type Loader struct {
+	c      *Core
+	stored []bool // by index
+}
+
+// NewLoader begins a core without leases.
+func NewLoader(cfg Config, cell *Cell) (*Loader, error) {
 	p := cfg.Pool.Prefix
 	if !p.Addr().Is4() || p != p.Masked() || p.Bits() < minPrefixBits {
 		return nil, fmt.Errorf("pool %s: prefix %s is not an IPv4 prefix of /%d to /32 without host bits", cfg.Pool.Name, p, minPrefixBits)
@@ -94,46 +111,53 @@ func NewCore(cfg Config, cell *Cell, now Now, records []Address) (*Core, error) 
 			c.entries[i].excluded = true
 		}
 	}
-	return c, c.load(now, records)
+	return &Loader{c: c, stored: make([]bool, len(c.entries))}, nil
 }
 
-// load puts the stored records in place: first those never leased, then the others in the order they were written.
-func (c *Core) load(now Now, records []Address) error {
-	seen := make([]bool, len(c.entries))
-	for _, r := range records {
-		i, ok := c.index(r.Resource)
-		if !ok {
-			return fmt.Errorf("pool %s: stored address %s is outside of %s", c.cfg.Pool.Name, r.Resource, c.cfg.Pool.Prefix)
-		}
-		if seen[i] {
-			return fmt.Errorf("pool %s: address %s is stored twice", c.cfg.Pool.Name, r.Resource)
-		}
-		if r.Rev > c.cell.last {
-			return fmt.Errorf("pool %s: address %s was written at revision %d, the store ends at %d", c.cfg.Pool.Name, r.Resource, r.Rev, c.cell.last)
-		}
-		seen[i] = true
+// Put adds a stored record.
+func (l *Loader) Put(r Address) error {
+	c := l.c
+	i, ok := c.index(r.Resource)
+	switch {
+	case !ok:
+		return fmt.Errorf("pool %s: stored address %s is outside of %s", c.cfg.Pool.Name, r.Resource, c.cfg.Pool.Prefix)
+	case l.stored[i]:
+		return fmt.Errorf("pool %s: address %s is stored twice", c.cfg.Pool.Name, r.Resource)
+	case r.Rev > c.cell.last:
+		return fmt.Errorf("pool %s: address %s was written at revision %d, the store ends at %d", c.cfg.Pool.Name, r.Resource, r.Rev, c.cell.last)
 	}
-	for i := range c.entries {
-		if !seen[i] {
-			c.push(Free, int32(i))
-		}
-	}
-	sorted := slices.Clone(records)
-	slices.SortFunc(sorted, func(a, b Address) int {
-		return cmp.Or(cmp.Compare(order(a), order(b)), a.Resource.Compare(b.Resource))
-	})
-	grace := max(c.cfg.Timers.T1Of(c.cfg.Timers.Valid), c.cfg.Timers.Grace)
-	for _, r := range sorted {
-		i, _ := c.index(r.Resource)
-		e := &c.entries[i]
-		e.Address = r
-		c.place(now, i, grace)
-	}
+	l.stored[i] = true
+	c.entries[i].Address = r
 	return nil
 }
 
+// Core puts the records in place, first those never leased, then the others in the order they were written, and returns
+// the core. Leases live on: nothing expires before max(T1, Grace) and its own validity have passed, hold-downs begin
+// again, revoking addresses wait for the fence again. now.Wall must not be before the newest time in the store, wherever
+// the clock of the machine went since.
+func (l *Loader) Core(now Now) *Core {
+	c := l.c
+	var sorted []int32
+	for i, stored := range l.stored {
+		if stored {
+			sorted = append(sorted, int32(i))
+		} else {
+			c.push(Free, int32(i))
+		}
+	}
+	slices.SortFunc(sorted, func(a, b int32) int {
+		return cmp.Or(cmp.Compare(order(&c.entries[a].Address), order(&c.entries[b].Address)), cmp.Compare(a, b))
+	})
+	grace := max(c.cfg.Timers.T1Of(c.cfg.Timers.Valid), c.cfg.Timers.Grace)
+	for _, i := range sorted {
+		c.place(now, i, grace)
+	}
+	l.c = nil
+	return c
+}
+
 // order sorts revoking addresses by their revoke, as FenceTo takes them, and others by their last event.
-func order(a Address) Rev {
+func order(a *Address) Rev {
 	if a.State == Revoking {
 		return a.RevokeRev
 	}
@@ -151,9 +175,8 @@ func (c *Core) place(now Now, i int32, grace time.Duration) {
 			e.State = Conflict
 			break
 		}
-		left := e.Until.Sub(now.Wall)
-		e.durable = now.Mono + left
-		c.setTimer(i, now.Mono+max(grace, left))
+		// Whatever was promised was promised before this instant, for at most Valid. No clock is asked how long ago.
+		c.setTimer(i, now.Mono+max(grace, e.Valid))
 	case Hold:
 		c.setTimer(i, now.Mono+c.cfg.Timers.HoldDown)
 	case Revoking, Free, Conflict:

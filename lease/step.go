@@ -105,9 +105,8 @@ func (c *Core) grant(now Now, i int32, ev Bind) {
 	e.Address = Address{
 		Resource: e.Resource, Gen: c.rules.newGen(c.cell, rev), Rev: rev,
 		Host: ev.Host, Source: ev.Source, TEP: c.cfg.Pool.TEP, MTU: ev.MTU, Trigger: ev.Trigger,
-		BoundAt: now.Wall, Until: now.Wall.Add(2 * valid),
+		BoundAt: now.Wall, Valid: valid,
 	}
-	e.durable = now.Mono + 2*valid
 	c.previous[ev.Host] = i
 	// The host has no other lease here or elsewhere: bind has looked.
 	if err := c.cell.add(&e.Address); err != nil {
@@ -119,16 +118,16 @@ func (c *Core) grant(now Now, i int32, ev Bind) {
 	c.answer(i, valid, false)
 }
 
-// extend renews a BOUND address. The store is written only when what it holds would not cover the new promise (F6).
+// extend renews a BOUND address. The store is written only when what it holds would not cover the new promise: after a
+// restart every lease lives for its stored validity once more, so a renewal for as long or less needs no write (F6).
 func (c *Core) extend(now Now, i int32, want time.Duration, mtu uint16) {
 	e := &c.entries[i]
 	valid := c.cfg.Timers.Clamp(want)
 	moved := mtu != 0 && mtu != e.MTU
 	// A shorter validity never takes back what was promised before.
 	c.setTimer(i, max(e.at, now.Mono+valid))
-	if moved || c.rules.writes(e.durable-now.Mono, valid) {
-		e.durable = max(e.durable, now.Mono+2*valid)
-		e.Until = now.Wall.Add(e.durable - now.Mono)
+	if moved || c.rules.writes(e.Valid, valid) {
+		e.Valid = max(e.Valid, valid)
 		e.Rev = c.cell.NextRev()
 		record := Record{Rev: e.Rev}
 		if moved {
@@ -213,7 +212,7 @@ func (c *Core) end(now Now, i int32, reason Reason) {
 	}
 	c.pull(i)
 	e.Rev = c.cell.NextRev()
-	e.RevokeRev, e.UnboundAt, e.FencedAt, e.End, e.Until = e.Rev, now.Wall, time.Time{}, reason, time.Time{}
+	e.RevokeRev, e.UnboundAt, e.FencedAt, e.End, e.Valid = e.Rev, now.Wall, time.Time{}, reason, 0
 	c.push(Revoking, i)
 	c.commit(i, UnbindRecord(e.Rev, e.Ref()), true)
 	c.out.Ended = append(c.out.Ended, Ended{Ref: e.Ref(), Host: e.Host, Source: e.Source, Reason: reason})

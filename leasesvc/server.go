@@ -73,7 +73,7 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	s.cluster, s.wall = st.Cluster, st.Wall
 	now := s.now()
 	s.cell = lease.NewCell(st.Epoch, st.Last, cfg.Hosts.Per64)
-	if err := s.loadCores(now, st); err != nil {
+	if err := s.loadCores(ctx, now); err != nil {
 		return nil, err
 	}
 	s.fence = lease.NewFenceSet(lease.FenceConfig{FailStatic: cfg.Timers.FailStatic}, now.Mono, st.Last, st.Members...)
@@ -86,30 +86,34 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	return s, nil
 }
 
-func (s *Server) loadCores(now lease.Now, st store.State) error {
-	rest := st.Addresses
+// loadCores builds the cores from the stored addresses.
+func (s *Server) loadCores(ctx context.Context, now lease.Now) error {
+	var loaders []*lease.Loader
 	for _, p := range s.cfg.Pools {
-		var mine, others []lease.Address
-		for _, a := range rest {
-			if p.Prefix.Contains(a.Addr) {
-				mine = append(mine, a)
-			} else {
-				others = append(others, a)
-			}
-		}
-		rest = others
-		c, err := lease.NewCore(lease.Config{
+		l, err := lease.NewLoader(lease.Config{
 			Pool: lease.Pool{Name: p.Name, Prefix: p.Prefix, TEP: p.TEPAddress}, Exclude: p.Exclude, Timers: s.cfg.leaseTimers(),
-		}, s.cell, now, mine)
+		}, s.cell)
 		if err != nil {
 			return err
 		}
-		s.cores = append(s.cores, c)
+		loaders = append(loaders, l)
 	}
-	for _, a := range rest {
-		if a.State != lease.Free {
-			return fmt.Errorf("address %s is %s in the store and in no configured pool: keep its pool until it is free", a.Resource, a.State)
+	err := s.d.Store.Addresses(ctx, func(a lease.Address) error {
+		for i, p := range s.cfg.Pools {
+			if p.Prefix.Contains(a.Addr) {
+				return loaders[i].Put(a)
+			}
 		}
+		if a.State == lease.Free {
+			return nil
+		}
+		return fmt.Errorf("address %s is %s in the store and in no configured pool: keep its pool until it is free", a.Resource, a.State)
+	})
+	if err != nil {
+		return err
+	}
+	for _, l := range loaders {
+		s.cores = append(s.cores, l.Core(now))
 	}
 	return nil
 }

@@ -20,27 +20,40 @@ var (
 	ErrClosed = errors.New("store: closed")
 	// ErrFailed means that an earlier commit failed: what is in memory runs ahead of the store, nothing more is written.
 	ErrFailed = errors.New("store: an earlier commit failed")
+	// ErrNotOwner means that another service owns the store by now: this one must stop.
+	ErrNotOwner = errors.New("store: another service owns it")
 	// ErrOrder means that a transaction's revisions do not follow on the store's newest.
 	ErrOrder = errors.New("store: revisions out of order")
 )
 
-// State is everything that a store holds but the audit records.
+// State is what a store holds beside addresses and audit records.
 type State struct {
-	Cluster   lease.ClusterID
-	Epoch     lease.Epoch
-	Last      lease.Rev // newest revision
-	Wall      time.Time // newest time written; a clock that is behind it has stepped back
-	Addresses []lease.Address
-	Members   []lease.Member
-	Pools     []lease.Pool
+	Cluster lease.ClusterID
+	// Secret belongs to the cluster and is made with it: what hosts without a certificate prove themselves with derives
+	// from it.
+	Secret [32]byte
+	Epoch  lease.Epoch
+	Last   lease.Rev // newest revision
+	Wall   time.Time // newest time written; a clock that is behind it has stepped back
+	// Restored means that the store is a copy of an earlier one: leases may be in force that it does not know. It stands
+	// until a transaction with Recovered.
+	Restored bool
+	Members  []lease.Member
+	Pools    []lease.Pool
 }
 
 // Tx is one transaction. Revisions in it follow on those before: every one from the store's newest on is in some Tx.
+//
+// An empty one is a barrier. It completes once everything before it is durable and, with a store that several services
+// share, once it has been seen after the call that this one is still the owner.
 type Tx struct {
 	Commits []lease.Commit
 	Pools   []lease.Record // of KindPool
-	Members []lease.Member
+	Members []lease.Member // added or replaced
+	Removed []string       // ids of members
 	Wall    time.Time
+	// Recovered ends State.Restored.
+	Recovered bool
 }
 
 // Pending is a transaction on its way to the disk.
@@ -78,8 +91,11 @@ func (p *Pending) Wait(ctx context.Context) error {
 // Store keeps the records of a lease service. Commit is called by one goroutine at a time, in order of revision; the
 // other methods by any.
 type Store interface {
-	// Load returns what is stored. It is called once, before the first Commit.
+	// Load returns what is stored beside addresses and audit records.
 	Load(ctx context.Context) (State, error)
+	// Addresses yields every address that was ever leased, in no order; an error of yield ends it and is returned. Called
+	// before the first Commit, what it yields belongs to the state that Load returned.
+	Addresses(ctx context.Context, yield func(lease.Address) error) error
 	// Commit queues a transaction. After an error nothing more is written.
 	Commit(tx Tx) *Pending
 	// Watch follows the durable records after a revision.

@@ -31,6 +31,8 @@ type Meta struct {
 	LastRev       uint64                 `protobuf:"varint,3,opt,name=last_rev,json=lastRev,proto3" json:"last_rev,omitempty"`
 	LastWall      int64                  `protobuf:"varint,4,opt,name=last_wall,json=lastWall,proto3" json:"last_wall,omitempty"`
 	Layout        uint32                 `protobuf:"varint,5,opt,name=layout,proto3" json:"layout,omitempty"`
+	Secret        []byte                 `protobuf:"bytes,6,opt,name=secret,proto3" json:"secret,omitempty"`      // 32 random bytes of this cluster, see State.Secret
+	Restored      bool                   `protobuf:"varint,7,opt,name=restored,proto3" json:"restored,omitempty"` // see State.Restored
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -100,6 +102,20 @@ func (x *Meta) GetLayout() uint32 {
 	return 0
 }
 
+func (x *Meta) GetSecret() []byte {
+	if x != nil {
+		return x.Secret
+	}
+	return nil
+}
+
+func (x *Meta) GetRestored() bool {
+	if x != nil {
+		return x.Restored
+	}
+	return false
+}
+
 type Address struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	State         uint32                 `protobuf:"varint,1,opt,name=state,proto3" json:"state,omitempty"`
@@ -114,7 +130,7 @@ type Address struct {
 	BoundAt       int64                  `protobuf:"varint,10,opt,name=bound_at,json=boundAt,proto3" json:"bound_at,omitempty"`
 	UnboundAt     int64                  `protobuf:"varint,11,opt,name=unbound_at,json=unboundAt,proto3" json:"unbound_at,omitempty"`
 	FencedAt      int64                  `protobuf:"varint,12,opt,name=fenced_at,json=fencedAt,proto3" json:"fenced_at,omitempty"`
-	Until         int64                  `protobuf:"varint,13,opt,name=until,proto3" json:"until,omitempty"`
+	ValidMs       uint64                 `protobuf:"varint,13,opt,name=valid_ms,json=validMs,proto3" json:"valid_ms,omitempty"` // bound: the longest validity promised
 	End           uint32                 `protobuf:"varint,14,opt,name=end,proto3" json:"end,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -234,9 +250,9 @@ func (x *Address) GetFencedAt() int64 {
 	return 0
 }
 
-func (x *Address) GetUntil() int64 {
+func (x *Address) GetValidMs() uint64 {
 	if x != nil {
-		return x.Until
+		return x.ValidMs
 	}
 	return 0
 }
@@ -353,6 +369,8 @@ type Member struct {
 	Instance      string                 `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
 	Session       uint64                 `protobuf:"varint,2,opt,name=session,proto3" json:"session,omitempty"`
 	HorizonMs     uint64                 `protobuf:"varint,3,opt,name=horizon_ms,json=horizonMs,proto3" json:"horizon_ms,omitempty"` // the longest grant that may still run; 0 = not known
+	Question      []byte                 `protobuf:"bytes,4,opt,name=question,proto3" json:"question,omitempty"`                     // where it answers other gateways: address (16 bytes) and port (2), network order; empty = nowhere
+	Witnesses     []string               `protobuf:"bytes,5,rep,name=witnesses,proto3" json:"witnesses,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -406,6 +424,20 @@ func (x *Member) GetHorizonMs() uint64 {
 		return x.HorizonMs
 	}
 	return 0
+}
+
+func (x *Member) GetQuestion() []byte {
+	if x != nil {
+		return x.Question
+	}
+	return nil
+}
+
+func (x *Member) GetWitnesses() []string {
+	if x != nil {
+		return x.Witnesses
+	}
+	return nil
 }
 
 type Pool struct {
@@ -472,14 +504,16 @@ var File_dstm_store_v1_store_proto protoreflect.FileDescriptor
 
 const file_dstm_store_v1_store_proto_rawDesc = "" +
 	"\n" +
-	"\x19dstm/store/v1/store.proto\x12\rdstm.store.v1\"\x8b\x01\n" +
+	"\x19dstm/store/v1/store.proto\x12\rdstm.store.v1\"\xbf\x01\n" +
 	"\x04Meta\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\fR\tclusterId\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\rR\x05epoch\x12\x19\n" +
 	"\blast_rev\x18\x03 \x01(\x04R\alastRev\x12\x1b\n" +
 	"\tlast_wall\x18\x04 \x01(\x03R\blastWall\x12\x16\n" +
-	"\x06layout\x18\x05 \x01(\rR\x06layout\"\xcb\x02\n" +
+	"\x06layout\x18\x05 \x01(\rR\x06layout\x12\x16\n" +
+	"\x06secret\x18\x06 \x01(\fR\x06secret\x12\x1a\n" +
+	"\brestored\x18\a \x01(\bR\brestored\"\xd0\x02\n" +
 	"\aAddress\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\rR\x05state\x12\x10\n" +
 	"\x03gen\x18\x02 \x01(\x04R\x03gen\x12\x10\n" +
@@ -495,8 +529,8 @@ const file_dstm_store_v1_store_proto_rawDesc = "" +
 	" \x01(\x03R\aboundAt\x12\x1d\n" +
 	"\n" +
 	"unbound_at\x18\v \x01(\x03R\tunboundAt\x12\x1b\n" +
-	"\tfenced_at\x18\f \x01(\x03R\bfencedAt\x12\x14\n" +
-	"\x05until\x18\r \x01(\x03R\x05until\x12\x10\n" +
+	"\tfenced_at\x18\f \x01(\x03R\bfencedAt\x12\x19\n" +
+	"\bvalid_ms\x18\r \x01(\x04R\avalidMs\x12\x10\n" +
 	"\x03end\x18\x0e \x01(\rR\x03end\"\xb9\x01\n" +
 	"\x05Audit\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x16\n" +
@@ -506,12 +540,14 @@ const file_dstm_store_v1_store_proto_rawDesc = "" +
 	"\x05bound\x18\x05 \x01(\x03R\x05bound\x12\x18\n" +
 	"\aunbound\x18\x06 \x01(\x03R\aunbound\x12\x16\n" +
 	"\x06fenced\x18\a \x01(\x03R\x06fenced\x12\x10\n" +
-	"\x03end\x18\b \x01(\rR\x03end\"]\n" +
+	"\x03end\x18\b \x01(\rR\x03end\"\x97\x01\n" +
 	"\x06Member\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x18\n" +
 	"\asession\x18\x02 \x01(\x04R\asession\x12\x1d\n" +
 	"\n" +
-	"horizon_ms\x18\x03 \x01(\x04R\thorizonMs\"D\n" +
+	"horizon_ms\x18\x03 \x01(\x04R\thorizonMs\x12\x1a\n" +
+	"\bquestion\x18\x04 \x01(\fR\bquestion\x12\x1c\n" +
+	"\twitnesses\x18\x05 \x03(\tR\twitnesses\"D\n" +
 	"\x04Pool\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\fR\x06prefix\x12\x12\n" +
 	"\x04bits\x18\x02 \x01(\rR\x04bits\x12\x10\n" +

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -25,7 +26,7 @@ import (
 )
 
 // layout is the version of the buckets below; a file of another one is refused.
-const layout = 1
+const layout = 2
 
 // Buckets: meta holds one record; addresses and audit are keyed by resource (and generation), members by id, pools by
 // name.
@@ -73,6 +74,11 @@ type item struct {
 	complete func(error)
 }
 
+func (it item) barrier() bool {
+	tx := it.tx
+	return len(tx.Commits)+len(tx.Pools)+len(tx.Members)+len(tx.Removed) == 0 && !tx.Recovered
+}
+
 var _ store.Store = (*Store)(nil)
 
 // Create makes a new, empty store with a new cluster id. It refuses to replace a file: write, fsync, rename, fsync of
@@ -113,9 +119,10 @@ func create(tmp string) error {
 				return err
 			}
 		}
-		id := make([]byte, len(lease.ClusterID{}))
+		id, secret := make([]byte, len(lease.ClusterID{})), make([]byte, len(store.State{}.Secret))
 		_, _ = rand.Read(id) // never fails, see crypto/rand
-		return putProto(tx.Bucket(bucketMeta), keyMeta, &storev1.Meta{ClusterId: id, Epoch: 1, Layout: layout})
+		_, _ = rand.Read(secret)
+		return putProto(tx.Bucket(bucketMeta), keyMeta, &storev1.Meta{ClusterId: id, Secret: secret, Epoch: 1, Layout: layout})
 	})
 	return errors.Join(err, db.Close())
 }
@@ -161,23 +168,13 @@ func (s *Store) Load(context.Context) (store.State, error) {
 		if err := getProto(tx.Bucket(bucketMeta), keyMeta, &m); err != nil {
 			return err
 		}
-		st.Cluster, st.Epoch = lease.ClusterID(m.ClusterId), lease.Epoch(m.Epoch)
-		st.Last, st.Wall = lease.Rev(m.LastRev), fromNanos(m.LastWall)
+		st.Cluster, st.Secret, st.Epoch = lease.ClusterID(m.ClusterId), [32]byte(m.Secret), lease.Epoch(m.Epoch)
+		st.Last, st.Wall, st.Restored = lease.Rev(m.LastRev), fromNanos(m.LastWall), m.Restored
 		return errors.Join(
-			tx.Bucket(bucketAddress).ForEach(func(k, v []byte) error {
-				a, err := decodeAddress(k, v)
-				st.Addresses = append(st.Addresses, a)
-				return err
-			}),
 			tx.Bucket(bucketMember).ForEach(func(k, v []byte) error {
-				var m storev1.Member
-				if err := proto.Unmarshal(v, &m); err != nil {
-					return err
-				}
-				st.Members = append(st.Members, lease.Member{
-					TEP: string(k), Instance: m.Instance, Session: m.Session, Horizon: duration(m.HorizonMs),
-				})
-				return nil
+				m, err := decodeMember(k, v)
+				st.Members = append(st.Members, m)
+				return err
 			}),
 			tx.Bucket(bucketPool).ForEach(func(k, v []byte) error {
 				p, err := decodePool(k, v)
@@ -190,6 +187,22 @@ func (s *Store) Load(context.Context) (store.State, error) {
 		return store.State{}, fmt.Errorf("store: %w", err)
 	}
 	return st, nil
+}
+
+// Addresses implements store.Store.
+func (s *Store) Addresses(ctx context.Context, yield func(lease.Address) error) error {
+	return s.db.View(func(tx *bbolt.Tx) error {
+		return tx.Bucket(bucketAddress).ForEach(func(k, v []byte) error {
+			a, err := decodeAddress(k, v)
+			if err != nil {
+				return fmt.Errorf("store: %w", err)
+			}
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			return yield(a)
+		})
+	})
 }
 
 // Commit implements store.Store.
@@ -267,7 +280,7 @@ func (s *Store) take() ([]item, bool) {
 func (s *Store) flush(group []item) {
 	err := s.failure()
 	if err == nil {
-		if err = s.db.Update(func(tx *bbolt.Tx) error { return apply(tx, group) }); err != nil {
+		if err = s.update(group); err != nil {
 			err = fmt.Errorf("%w: %w", store.ErrFailed, err)
 			s.fail(err)
 		}
@@ -278,6 +291,14 @@ func (s *Store) flush(group []item) {
 		}
 		it.complete(err)
 	}
+}
+
+// update writes a group. One of barriers alone has nothing to write: this process holds the file's lock, so it is the owner.
+func (s *Store) update(group []item) error {
+	if !slices.ContainsFunc(group, func(it item) bool { return !it.barrier() }) {
+		return nil
+	}
+	return s.db.Update(func(tx *bbolt.Tx) error { return apply(tx, group) })
 }
 
 func (s *Store) failure() error {

@@ -2,6 +2,7 @@ package boltstore
 
 import (
 	"bytes"
+	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -67,8 +68,10 @@ func TestCrashPoints(t *testing.T) {
 		}
 		c := open(t, Options{Path: crashed})
 		st, err := c.Load(t.Context())
-		if err != nil || st.Last != rev || len(st.Addresses) != int(rev) {
-			t.Errorf("after revision %d: %v, revision %d, %d addresses", rev, err, st.Last, len(st.Addresses))
+		n := 0
+		err = errors.Join(err, c.Addresses(t.Context(), func(lease.Address) error { n++; return nil }))
+		if err != nil || st.Last != rev || n != int(rev) {
+			t.Errorf("after revision %d: %v, revision %d, %d addresses", rev, err, st.Last, n)
 		}
 		if err := c.Close(); err != nil {
 			t.Fatal(err)

@@ -9,6 +9,7 @@ import (
 
 	storev1 "github.com/dstm-project/dstm/api/store/v1"
 	"github.com/dstm-project/dstm/lease"
+	"github.com/dstm-project/dstm/leasesvc/store"
 )
 
 // openChecked opens a file after a look at all of it. On damage bbolt panics or reads past the end of its mapping, in
@@ -72,6 +73,8 @@ func decodes(bucket []byte) func(k, v []byte) error {
 		return func(k, v []byte) error { _, err := decodeAddress(k, v); return err }
 	case string(bucketAudit):
 		return func(k, v []byte) error { _, err := decodeAudit(k, v); return err }
+	case string(bucketMember):
+		return func(k, v []byte) error { _, err := decodeMember(k, v); return err }
 	case string(bucketPool):
 		return func(k, v []byte) error { _, err := decodePool(k, v); return err }
 	}
@@ -97,6 +100,9 @@ func check(db *bbolt.DB) (last lease.Rev, err error) {
 		}
 		if len(m.ClusterId) != len(lease.ClusterID{}) {
 			return fmt.Errorf("cluster id of %d bytes", len(m.ClusterId))
+		}
+		if n := len(store.State{}.Secret); len(m.Secret) != n {
+			return fmt.Errorf("secret of %d bytes: want %d", len(m.Secret), n)
 		}
 		last = lease.Rev(m.LastRev)
 		return nil

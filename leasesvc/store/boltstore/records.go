@@ -27,6 +27,7 @@ func apply(tx *bbolt.Tx, group []item) error {
 		}
 		meta.LastRev = uint64(it.last)
 		meta.LastWall = max(meta.LastWall, nanos(it.tx.Wall))
+		meta.Restored = meta.Restored && !it.tx.Recovered
 	}
 	return putProto(tx.Bucket(bucketMeta), keyMeta, &meta)
 }
@@ -57,8 +58,12 @@ func applyOne(tx *bbolt.Tx, it item) error {
 		}
 	}
 	for _, m := range it.tx.Members {
-		rec := &storev1.Member{Instance: m.Instance, Session: m.Session, HorizonMs: uint64(m.Horizon.Milliseconds())}
-		if err := putProto(tx.Bucket(bucketMember), []byte(m.TEP), rec); err != nil {
+		if err := putProto(tx.Bucket(bucketMember), []byte(m.TEP), encodeMember(m)); err != nil {
+			return err
+		}
+	}
+	for _, id := range it.tx.Removed {
+		if err := tx.Bucket(bucketMember).Delete([]byte(id)); err != nil {
 			return err
 		}
 	}
@@ -102,7 +107,7 @@ func encodeAddress(a lease.Address) *storev1.Address {
 	return &storev1.Address{
 		State: uint32(a.State), Gen: uint64(a.Gen), Rev: uint64(a.Rev), RevokeRev: uint64(a.RevokeRev),
 		Host: a.Host, Source: addrBytes(a.Source), Tep: addrBytes(a.TEP), Mtu: uint32(a.MTU), Trigger: uint32(a.Trigger),
-		BoundAt: nanos(a.BoundAt), UnboundAt: nanos(a.UnboundAt), FencedAt: nanos(a.FencedAt), Until: nanos(a.Until),
+		BoundAt: nanos(a.BoundAt), UnboundAt: nanos(a.UnboundAt), FencedAt: nanos(a.FencedAt), ValidMs: uint64(a.Valid.Milliseconds()),
 		End: uint32(a.End),
 	}
 }
@@ -128,7 +133,7 @@ func decodeAddress(k, v []byte) (lease.Address, error) {
 		Resource: res, State: lease.State(m.State), Gen: lease.Gen(m.Gen), Rev: lease.Rev(m.Rev),
 		RevokeRev: lease.Rev(m.RevokeRev), Host: m.Host, Source: source, TEP: tep, MTU: uint16(m.Mtu),
 		Trigger: lease.Trigger(m.Trigger), BoundAt: fromNanos(m.BoundAt), UnboundAt: fromNanos(m.UnboundAt),
-		FencedAt: fromNanos(m.FencedAt), Until: fromNanos(m.Until), End: lease.Reason(m.End),
+		FencedAt: fromNanos(m.FencedAt), Valid: duration(m.ValidMs), End: lease.Reason(m.End),
 	}, nil
 }
 
@@ -170,6 +175,34 @@ func decodeAudit(k, v []byte) (lease.Audit, error) {
 
 func sortNewestFirst(as []lease.Audit) {
 	slices.SortFunc(as, func(a, b lease.Audit) int { return cmp.Compare(b.Gen, a.Gen) })
+}
+
+func encodeMember(m lease.Member) *storev1.Member {
+	rec := &storev1.Member{
+		Instance: m.Instance, Session: m.Session, HorizonMs: uint64(m.Horizon.Milliseconds()), Witnesses: m.Witnesses,
+	}
+	if q := m.Question; q.IsValid() {
+		rec.Question = binary.BigEndian.AppendUint16(q.Addr().AsSlice(), q.Port())
+	}
+	return rec
+}
+
+func decodeMember(k, v []byte) (lease.Member, error) {
+	var m storev1.Member
+	if err := proto.Unmarshal(v, &m); err != nil {
+		return lease.Member{}, fmt.Errorf("member %s: %w", k, err)
+	}
+	out := lease.Member{
+		TEP: string(k), Instance: m.Instance, Session: m.Session, Horizon: duration(m.HorizonMs), Witnesses: m.Witnesses,
+	}
+	switch len(m.Question) {
+	case 0:
+	case 18:
+		out.Question = netip.AddrPortFrom(netip.AddrFrom16([16]byte(m.Question)), binary.BigEndian.Uint16(m.Question[16:]))
+	default:
+		return lease.Member{}, fmt.Errorf("member %s: question of %d bytes: want 18", k, len(m.Question))
+	}
+	return out, nil
 }
 
 func decodePool(k, v []byte) (lease.Pool, error) {

@@ -32,6 +32,8 @@ func Run(t *testing.T, newStore func(t *testing.T) Opener) {
 		{"watch", testWatch},
 		{"compaction", testCompaction},
 		{"history", testHistory},
+		{"barrier", testBarrier},
+		{"addresses", testAddresses},
 		{"concurrency", testConcurrency},
 		{"close", testClose},
 	} {
@@ -40,12 +42,17 @@ func Run(t *testing.T, newStore func(t *testing.T) Opener) {
 }
 
 var (
-	tep  = netip.MustParseAddr("2001:db8:a::1")
-	host = netip.MustParseAddr("2001:db8:1::1")
-	t0   = time.Unix(1_800_000_000, 0)
-	pool = lease.Pool{Name: "main", Prefix: netip.MustParsePrefix("198.51.100.0/24"), TEP: tep}
+	tep    = netip.MustParseAddr("2001:db8:a::1")
+	host   = netip.MustParseAddr("2001:db8:1::1")
+	t0     = time.Unix(1_800_000_000, 0)
+	pool   = lease.Pool{Name: "main", Prefix: netip.MustParsePrefix("198.51.100.0/24"), TEP: tep}
+	member = lease.Member{
+		TEP: "tep1", Instance: "a", Session: 7, Horizon: 4 * time.Hour, Question: netip.MustParseAddrPort("[2001:db8:3::11]:3546"),
+		Witnesses: []string{"tep2", "tep3"},
+	}
 	same = cmp.Options{
 		cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
+		cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b }),
 		cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
 		cmp.Comparer(func(a, b time.Time) bool { return a.Equal(b) }),
 	}
@@ -56,18 +63,29 @@ func commit(rev lease.Rev, n byte) lease.Commit {
 	a := lease.Address{
 		Resource: lease.Whole(netip.AddrFrom4([4]byte{198, 51, 100, n})), State: lease.Bound, Gen: lease.MakeGen(1, rev), Rev: rev,
 		Host: fmt.Sprintf("host%d", n), Source: host, TEP: tep, MTU: 1460, Trigger: lease.TriggerDNS,
-		BoundAt: t0, Until: t0.Add(time.Hour),
+		BoundAt: t0, Valid: time.Hour,
 	}
 	return lease.Commit{Rev: rev, Address: a, Audit: a.Audit(), Record: lease.BindRecord(rev, a.Binding())}
 }
 
-func load(t *testing.T, s store.Store) store.State {
+// loaded is a store's state with its addresses in order.
+type loaded struct {
+	store.State
+	Addresses []lease.Address
+}
+
+func load(t *testing.T, s store.Store) loaded {
 	t.Helper()
-	st, err := s.Load(t.Context())
-	if err != nil {
+	var l loaded
+	var err error
+	if l.State, err = s.Load(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	return st
+	if err := s.Addresses(t.Context(), func(a lease.Address) error { l.Addresses = append(l.Addresses, a); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	slices.SortFunc(l.Addresses, func(a, b lease.Address) int { return a.Resource.Compare(b.Resource) })
+	return l
 }
 
 func mustCommit(t *testing.T, s store.Store, tx store.Tx) {
@@ -87,13 +105,13 @@ func closeStore(t *testing.T, s store.Store) {
 func testEmpty(t *testing.T, open Opener) {
 	s := open(t, 0)
 	st := load(t, s)
-	if st.Cluster == (lease.ClusterID{}) || st.Epoch == 0 || st.Last != 0 || len(st.Addresses) != 0 {
+	if st.Cluster == (lease.ClusterID{}) || st.Secret == ([32]byte{}) || st.Restored || st.Epoch == 0 || st.Last != 0 || len(st.Addresses) != 0 {
 		t.Errorf("new store %+v: want a cluster id, an epoch and nothing else", st)
 	}
 	closeStore(t, s)
 	s = open(t, 0)
 	defer s.Close()
-	if again := load(t, s); again.Cluster != st.Cluster || again.Epoch != st.Epoch {
+	if again := load(t, s); again.Cluster != st.Cluster || again.Secret != st.Secret || again.Epoch != st.Epoch {
 		t.Errorf("cluster %x epoch %d after reopening, want %x %d", again.Cluster, again.Epoch, st.Cluster, st.Epoch)
 	}
 }
@@ -105,22 +123,22 @@ func testReopen(t *testing.T, open Opener) {
 	c1, c2 := commit(1, 1), commit(3, 2)
 	revoked := c1.Address
 	revoked.State, revoked.Rev, revoked.RevokeRev = lease.Revoking, 4, 4
-	revoked.UnboundAt, revoked.Until, revoked.End = t0.Add(time.Minute), time.Time{}, lease.ReasonIdle
+	revoked.UnboundAt, revoked.Valid, revoked.End = t0.Add(time.Minute), 0, lease.ReasonIdle
 	c4 := lease.Commit{Rev: 4, Address: revoked, Audit: revoked.Audit(), Record: lease.UnbindRecord(4, revoked.Ref())}
 	mustCommit(t, s, store.Tx{Commits: []lease.Commit{c1}, Pools: []lease.Record{lease.PoolRecord(2, pool, false)}, Wall: t0})
-	mustCommit(t, s, store.Tx{Members: []lease.Member{{TEP: "tep1", Instance: "a", Session: 7, Horizon: 4 * time.Hour}}, Wall: t0.Add(time.Second)})
-	mustCommit(t, s, store.Tx{Commits: []lease.Commit{c2, c4}, Wall: t0.Add(-time.Hour)})
+	mustCommit(t, s, store.Tx{Members: []lease.Member{member, {TEP: "gone"}}, Wall: t0.Add(time.Second)})
+	mustCommit(t, s, store.Tx{Commits: []lease.Commit{c2, c4}, Removed: []string{"gone", "never there"}, Wall: t0.Add(-time.Hour)})
 	closeStore(t, s)
 	s = open(t, 0)
 	defer s.Close()
 	got := load(t, s)
-	want := store.State{
-		Cluster: first.Cluster, Epoch: first.Epoch, Last: 4, Wall: t0.Add(time.Second),
+	want := loaded{
+		State: store.State{
+			Cluster: first.Cluster, Secret: first.Secret, Epoch: first.Epoch, Last: 4, Wall: t0.Add(time.Second),
+			Members: []lease.Member{member}, Pools: []lease.Pool{pool},
+		},
 		Addresses: []lease.Address{revoked, c2.Address},
-		Members:   []lease.Member{{TEP: "tep1", Instance: "a", Session: 7, Horizon: 4 * time.Hour}},
-		Pools:     []lease.Pool{pool},
 	}
-	slices.SortFunc(got.Addresses, func(a, b lease.Address) int { return a.Resource.Compare(b.Resource) })
 	if d := cmp.Diff(want, got, same); d != "" {
 		t.Error(d)
 	}
@@ -223,6 +241,35 @@ func testHistory(t *testing.T, open Opener) {
 	got = nil
 	if err := s.History(t.Context(), older.Address.Addr, func(a lease.Audit) bool { collect(a); return false }); err != nil || len(got) != 1 {
 		t.Errorf("%d records, %v: want one and no error when yield says stop", len(got), err)
+	}
+}
+
+// testAddresses: an error of the receiver ends the listing and comes back.
+func testAddresses(t *testing.T, open Opener) {
+	s := open(t, 0)
+	defer s.Close()
+	load(t, s)
+	for rev := lease.Rev(1); rev <= 3; rev++ {
+		mustCommit(t, s, store.Tx{Commits: []lease.Commit{commit(rev, byte(rev))}})
+	}
+	stop, n := errors.New("enough"), 0
+	if err := s.Addresses(t.Context(), func(lease.Address) error { n++; return stop }); !errors.Is(err, stop) || n != 1 {
+		t.Errorf("%d addresses, %v: want one and the receiver's error", n, err)
+	}
+}
+
+// testBarrier: an empty transaction completes after everything before it, and leaves no trace.
+func testBarrier(t *testing.T, open Opener) {
+	s := open(t, 0)
+	defer s.Close()
+	load(t, s)
+	mustCommit(t, s, store.Tx{})
+	for rev := lease.Rev(1); rev <= 50; rev++ {
+		s.Commit(store.Tx{Commits: []lease.Commit{commit(rev, byte(rev))}})
+		mustCommit(t, s, store.Tx{})
+		if st := load(t, s); st.Last != rev {
+			t.Fatalf("revision %d in the store after a barrier behind %d", st.Last, rev)
+		}
 	}
 }
 
