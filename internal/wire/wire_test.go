@@ -88,7 +88,7 @@ func TestDecodeRefusals(t *testing.T) {
 		{short, "host: 2 bytes: want the 16 of an IPv6 address"},
 		{mapped, "host: ::ffff:192.0.2.1: want an IPv6 unicast address"},
 		{psid, "res: psid 16 does not fit into psid_len 4"},
-		{length, "res: psid 0 of length 16: want a length of at most 15"},
+		{length, "res: psid 0 of length 16: want a length of at most 10"},
 		{missing, "lease: not set"},
 		{mtu, "mtu: 500: want 0 or 576 to 65535"},
 		{big, "mtu: 70000: want 0 or 576 to 65535"},
