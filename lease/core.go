@@ -288,7 +288,7 @@ func (c *Core) Pressure() Pressure {
 		return PressureDry
 	case s.Size < smallSlice:
 		return PressureNone
-	case left*20 < s.Size+20: // rounded up: the last address of a small pool can still be cut
+	case c.short():
 		return PressureFull
 	case left*20 < s.Size*3+20:
 		return PressureHigh

@@ -464,6 +464,13 @@ func (c *Core) Contains(r Resource) bool {
 	return ok
 }
 
+// Knows reports whether a host has an address of its own here, or was the last to have one.
+func (c *Core) Knows(host string) bool {
+	_, fixed := c.fixed[host]
+	_, previous := c.previous[host]
+	return fixed || previous
+}
+
 // Lookup returns one address with its last record, whatever its state.
 func (c *Core) Lookup(now time.Duration, r Resource) (Info, bool) {
 	i, ok := c.index(r)

@@ -88,7 +88,7 @@ func (c *Core) choose(ev Bind) (int32, bool) {
 	if i, ok := c.reserved[ev.Host]; ok {
 		return i, true
 	}
-	short := ev.PortSet && c.Pressure() >= PressureFull
+	short := ev.PortSet && c.short()
 	if i, ok := c.index(ev.Want); ok && c.entries[i].State == Free && c.takeable(i, ev) && (ev.Want.PSIDLen > 0 || !short) {
 		return i, true
 	}
@@ -104,6 +104,13 @@ func (c *Core) choose(ev Bind) (int32, bool) {
 		return i, true
 	}
 	return 0, false
+}
+
+// short reports whether no more than 5 % of the addresses are left, rounded up: the last one of a small slice can still be
+// cut into port sets.
+func (c *Core) short() bool {
+	s := c.Stats()
+	return (s.Free+s.Reserved)*20 < s.Size+20
 }
 
 // takeable reports whether a host may have an address at once: a free one, or its own in hold-down, which is 0 for the

@@ -2,6 +2,7 @@ package leasesvc
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -24,6 +25,7 @@ type answer struct {
 	deny    lease.Reason
 	pending *store.Pending
 	at      time.Duration
+	wait    lease.Rev // neither: the revoke at this revision has to be fenced first
 }
 
 // Bind implements the Hosts service.
@@ -43,19 +45,24 @@ func (a hostsAPI) Bind(ctx context.Context, m *leasev1.BindRequest) (*leasev1.Le
 	}
 	ev := lease.Bind{
 		Host: c.id.Name, Source: source, Valid: wire.Duration(m.GetValidMs()), MTU: mtu, Trigger: wire.Trigger(m.GetTrigger()),
+		PortSet: m.GetAcceptsPortset(),
 	}
 	if m.GetWant() != nil {
-		want, err := wire.Resource("want", m.GetWant())
-		if err != nil {
+		if ev.Want, err = wire.Resource("want", m.GetWant()); err != nil {
 			return nil, invalid(err)
 		}
-		ev.Want = want.Addr
 	}
 	a.s.hostSpoke(ev.Host)
 	if err := a.s.checkSource(c, source); err != nil {
 		return nil, err
 	}
-	return a.s.answered(ctx, a.s.bind(id, ev), "bind")
+	ans := a.s.bind(id, ev)
+	if ans.wait != 0 {
+		// The host moves: its address follows it once no gateway forwards to the old source any more.
+		ev.Hurry = !a.s.awaitFence(ctx, ans.wait)
+		ans = a.s.bind(id, ev)
+	}
+	return a.s.answered(ctx, ans, "bind")
 }
 
 // Renew implements the Hosts service.
@@ -109,7 +116,61 @@ func (a hostsAPI) Release(ctx context.Context, m *leasev1.ReleaseRequest) (*leas
 	return &leasev1.ReleaseReply{}, nil
 }
 
-// bind steps the core that has the host's lease, or the first one, in order of the configuration, that is not dry.
+// coresFor returns the core that has the host's lease; else first those that have had it or keep an address for it, then
+// the others, in order of the configuration. The caller holds mu.
+func (s *Server) coresFor(host string) []*lease.Core {
+	if r, ok := s.cell.Where(host); ok {
+		if c := s.core(r); c != nil {
+			return []*lease.Core{c}
+		}
+	}
+	out := make([]*lease.Core, 0, len(s.cores))
+	for _, known := range []bool{true, false} {
+		for _, c := range s.cores {
+			if c.Knows(host) == known {
+				out = append(out, c)
+			}
+		}
+	}
+	return out
+}
+
+// capPortSets is what a gateway says that it can do when it can forward for port sets.
+const capPortSets = "port_sets"
+
+// portSets reports whether every gateway that may forward can forward for port sets. The caller holds mu.
+func (s *Server) portSets() bool {
+	for _, t := range s.fence.Status(s.now().Mono) {
+		if !slices.Contains(s.caps[t.TEP], capPortSets) {
+			return false
+		}
+	}
+	return true
+}
+
+// awaitFence waits at most bind_wait for the revoke at a revision to be fenced.
+func (s *Server) awaitFence(ctx context.Context, rev lease.Rev) bool {
+	limit := time.NewTimer(s.cfg.Timers.BindWait)
+	defer limit.Stop()
+	for {
+		changed := s.acked.C()
+		s.mu.Lock()
+		fenced := s.fence.Watermark(s.now().Mono) >= rev
+		s.mu.Unlock()
+		if fenced {
+			return true
+		}
+		select {
+		case <-changed:
+		case <-limit.C:
+			return false
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// bind steps the cores in order until one is not dry.
 func (s *Server) bind(id lease.RequestID, ev lease.Bind) *answer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -118,22 +179,22 @@ func (s *Server) bind(id lease.RequestID, ev lease.Bind) *answer {
 		return old
 	}
 	ans := &answer{deny: lease.ReasonNoTEP, pending: s.pending, at: now.Mono}
-	cores := s.cores
-	if r, ok := s.cell.Where(ev.Host); ok {
-		if c := s.core(r); c != nil {
-			cores = []*lease.Core{c}
-		}
-	} else if len(s.fence.Serving(now.Mono)) == 0 {
+	ev.PortSet = ev.PortSet && s.portSets()
+	if _, ok := s.cell.Where(ev.Host); !ok && len(s.fence.Serving(now.Mono)) == 0 {
 		// An address that nobody forwards is of no use, and would be fenced for hours.
 		s.refusedHost(now, ev.Host, ans.deny)
 		return ans
 	}
-	for _, c := range cores {
+	for _, c := range s.coresFor(ev.Host) {
+		s.step(now, c, lease.FenceTo{Rev: s.fence.Watermark(now.Mono)}) // or a move would wait for the sweeper
 		acts, p := s.step(now, c, ev)
-		ans.grant, ans.deny, ans.pending = acts.Grant, acts.Deny, p
+		ans.grant, ans.deny, ans.wait, ans.pending = acts.Grant, acts.Deny, acts.Wait, p
 		if ans.deny != lease.ReasonPoolDry {
 			break
 		}
+	}
+	if ans.wait != 0 {
+		return ans
 	}
 	s.settle(now, id, ev.Host, ans)
 	return ans

@@ -50,6 +50,10 @@ type PoolConfig struct {
 	Prefix     netip.Prefix `yaml:"prefix"`
 	TEPAddress netip.Addr   `yaml:"tep_address"`
 	Exclude    []netip.Addr `yaml:"exclude"`
+	// Reservations give identities an address of their own.
+	Reservations map[string]netip.Addr `yaml:"reservations"`
+	// PortSets k cuts an address into 1<<k port sets when addresses run short, for hosts that accept one; 0 = never.
+	PortSets uint8 `yaml:"port_sets"`
 }
 
 // HostsConfig says who may lease.
@@ -175,6 +179,22 @@ func (c *Config) checkPrefix(r *config.Report, at string, p PoolConfig) bool {
 			continue
 		}
 		seen[a] = true
+	}
+	owner := map[netip.Addr]string{}
+	for host, a := range p.Reservations {
+		path := at + ".reservations." + host
+		switch {
+		case !p.Prefix.Contains(a):
+			r.Errorf(path, "pool %q: address %s of %s is outside of %s", p.Name, a, host, p.Prefix)
+		case seen[a]:
+			r.Errorf(path, "pool %q: address %s of %s is excluded", p.Name, a, host)
+		case owner[a] != "":
+			r.Errorf(path, "pool %q: address %s is reserved for both %s and %s", p.Name, a, host, owner[a])
+		}
+		owner[a] = host
+	}
+	if p.PortSets > lease.MaxPSIDLen {
+		r.Errorf(at+".port_sets", "pool %q: port_sets %d: want 0 (whole addresses only) to %d, for 1<<port_sets hosts on one address", p.Name, p.PortSets, lease.MaxPSIDLen)
 	}
 	if len(seen) == 1<<(32-p.Prefix.Bits()) {
 		r.Errorf(at+".exclude", "pool %q: every address of %s is excluded, nothing is left to lease", p.Name, p.Prefix)

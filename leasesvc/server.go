@@ -48,6 +48,7 @@ type Server struct {
 	dry     bool            // no pool has a free address
 	resync  map[string]bool // gateways whose table is in doubt: the next session brings a whole one
 	checked map[string]time.Duration
+	caps    map[string][]string // of the gateways
 
 	acked *signal       // an acknowledgement moved the fence
 	wake  chan struct{} // the sweeper has to look again
@@ -62,7 +63,7 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	}
 	s := &Server{
 		cfg: cfg, d: d, m: newMetrics(d.Registry), start: time.Now(), acked: newSignal(), wake: make(chan struct{}, 1),
-		fatal: make(chan error, 1), resync: map[string]bool{}, checked: map[string]time.Duration{},
+		fatal: make(chan error, 1), resync: map[string]bool{}, checked: map[string]time.Duration{}, caps: map[string][]string{},
 		answers: lease.NewAnswers[*answer](2 * cfg.Timers.MaxValid), pending: store.Done(nil),
 	}
 	s.hosts.init()
@@ -91,7 +92,8 @@ func (s *Server) loadCores(ctx context.Context, now lease.Now) error {
 	var loaders []*lease.Loader
 	for _, p := range s.cfg.Pools {
 		l, err := lease.NewLoader(lease.Config{
-			Pool: lease.Pool{Name: p.Name, Prefix: p.Prefix, TEP: p.TEPAddress}, Exclude: p.Exclude, Timers: s.cfg.leaseTimers(),
+			Pool: lease.Pool{Name: p.Name, Prefix: p.Prefix, TEP: p.TEPAddress}, Exclude: p.Exclude, Fixed: p.Reservations,
+			PSIDLen: p.PortSets, Timers: s.cfg.leaseTimers(),
 		}, s.cell)
 		if err != nil {
 			return err

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -341,6 +342,68 @@ func TestPoolOfOne(t *testing.T) {
 	}
 	if at, err := op.Who(ctx, l1.Addr, 0, who[1].Bound); err != nil || len(at) != 1 || at[0].HostID != "host1" {
 		t.Errorf("who at the first bind says %+v, %v, want host1 alone", at, err)
+	}
+}
+
+// TestMove: a host keeps its address when its tunnel source changes, under a new generation, and the gateway never has both
+// (L14). While a gateway that is cut off may still forward to the old source, the host gets another address.
+func TestMove(t *testing.T) {
+	w := newWorld(t, onePool)
+	w.stop()
+	w.config = strings.NewReplacer("::1/128", "::/64", "bind_wait: 5s", "bind_wait: 300ms").Replace(w.config)
+	w.up()
+	g1, g2 := w.gateway("tep1"), w.gateway("tep2")
+	h := w.client(tlsid.RoleHost, "host1")
+	l := bind(t, h)
+	move := func(source string) leaseclient.Lease {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		got, err := h.Bind(ctx, leaseclient.BindRequest{Source: netip.MustParseAddr(source), MTU: 1460})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	m := move("::2")
+	if m.Addr != l.Addr || m.Gen <= l.Gen || !m.Installed {
+		t.Fatalf("moved from %s to %+v: want the same address, installed, under a later generation", l.Ref, m)
+	}
+	for _, g := range []*gateway{g1, g2} {
+		if b := g.table[m.Resource]; b.Host != netip.MustParseAddr("::2") || b.Gen != m.Gen {
+			t.Errorf("%s holds %+v", g.name, b)
+		}
+	}
+	g2.stop()
+	if n := move("::3"); n.Addr == m.Addr {
+		t.Errorf("got %s although tep2 may still forward it to ::2", n.Ref)
+	}
+}
+
+// TestPortSets: a gateway that cannot forward for port sets keeps everybody from getting one.
+func TestPortSets(t *testing.T) {
+	w := newWorld(t, strings.Replace(oneAddress, "tep_address", "port_sets: 4, tep_address", 1))
+	g := w.gateway("tep1")
+	try := func(name string) (leaseclient.Lease, error) {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		return w.client(tlsid.RoleHost, name).Bind(ctx, leaseclient.BindRequest{Source: loopback, MTU: 1460, PortSet: true})
+	}
+	l, err := try("host0")
+	if err != nil || l.PSIDLen != 0 {
+		t.Fatalf("%+v, %v: want a whole address, the gateway knows nothing else", l, err)
+	}
+	release(t, w.client(tlsid.RoleHost, "host0"), l)
+	g.stop()
+	g.r = replica.New(replica.Config{TEP: "tep1", Instance: "tep1-2", Caps: []string{"port_sets"}})
+	g.connect()
+	eventually(t, "a port set is leased", func() bool {
+		l, err = try("host1")
+		return err == nil
+	})
+	l2, err := try("host2")
+	if err != nil || l.PSIDLen != 4 || l2.PSIDLen != 4 || l.Overlaps(l2.Resource) || g.table[l2.Resource].Gen != l2.Gen {
+		t.Errorf("leases %s and %s, %v: want two port sets that do not overlap, the second at the gateway", l.Ref, l2.Ref, err)
 	}
 }
 

@@ -90,7 +90,7 @@ func (ss *session) open(ctx context.Context, h lease.Hello) (store.Watcher, erro
 	s.mu.Lock()
 	now := s.now()
 	m := s.fence.Hello(now.Mono, h.TEP, h.Instance, h.Question)
-	ss.number = m.Session
+	ss.number, s.caps[h.TEP] = m.Session, h.Caps
 	joined := s.d.Store.Commit(store.Tx{Members: []lease.Member{m}, Wall: now.Wall})
 	s.pending = joined
 	s.mu.Unlock()

@@ -33,13 +33,14 @@ type BindRequest struct {
 	Valid   time.Duration
 	Trigger lease.Trigger
 	MTU     uint16 // the host's tunnel MTU in inner bytes; 0 = not known
+	PortSet bool   // the host can do with a port set
 }
 
 // Bind leases an address, or renews the lease that the caller has from this source.
 func (c *Conn) Bind(ctx context.Context, r BindRequest) (Lease, error) {
 	m := &leasev1.BindRequest{
 		RequestId: requestID(), TunnelSource: wire.FromAddr6(r.Source), HintId: r.Hint,
-		ValidMs: wire.FromDuration(r.Valid), Trigger: leasev1.Trigger(r.Trigger), Mtu: uint32(r.MTU),
+		ValidMs: wire.FromDuration(r.Valid), Trigger: leasev1.Trigger(r.Trigger), Mtu: uint32(r.MTU), AcceptsPortset: r.PortSet,
 	}
 	if r.Want.IsValid() {
 		m.Want = wire.FromResource(lease.Whole(r.Want))

@@ -928,16 +928,17 @@ func (x *Revoke) GetReason() Reason {
 }
 
 type BindRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	RequestId     []byte                 `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"` // 16 random bytes; the same id gives the same answer for 2 * valid
-	TunnelSource  []byte                 `protobuf:"bytes,2,opt,name=tunnel_source,json=tunnelSource,proto3" json:"tunnel_source,omitempty"`
-	HintId        uint64                 `protobuf:"varint,3,opt,name=hint_id,json=hintId,proto3" json:"hint_id,omitempty"`
-	Want          *Resource              `protobuf:"bytes,4,opt,name=want,proto3" json:"want,omitempty"`
-	ValidMs       uint32                 `protobuf:"varint,5,opt,name=valid_ms,json=validMs,proto3" json:"valid_ms,omitempty"`
-	Trigger       Trigger                `protobuf:"varint,6,opt,name=trigger,proto3,enum=dstm.lease.v1.Trigger" json:"trigger,omitempty"`
-	Mtu           uint32                 `protobuf:"varint,7,opt,name=mtu,proto3" json:"mtu,omitempty"` // the host's tunnel MTU, inner bytes, 1280..65535
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	RequestId      []byte                 `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"` // 16 random bytes; the same id gives the same answer for 2 * valid
+	TunnelSource   []byte                 `protobuf:"bytes,2,opt,name=tunnel_source,json=tunnelSource,proto3" json:"tunnel_source,omitempty"`
+	HintId         uint64                 `protobuf:"varint,3,opt,name=hint_id,json=hintId,proto3" json:"hint_id,omitempty"`
+	Want           *Resource              `protobuf:"bytes,4,opt,name=want,proto3" json:"want,omitempty"`
+	ValidMs        uint32                 `protobuf:"varint,5,opt,name=valid_ms,json=validMs,proto3" json:"valid_ms,omitempty"`
+	Trigger        Trigger                `protobuf:"varint,6,opt,name=trigger,proto3,enum=dstm.lease.v1.Trigger" json:"trigger,omitempty"`
+	Mtu            uint32                 `protobuf:"varint,7,opt,name=mtu,proto3" json:"mtu,omitempty"`                                             // the host's tunnel MTU, inner bytes, 1280..65535
+	AcceptsPortset bool                   `protobuf:"varint,8,opt,name=accepts_portset,json=acceptsPortset,proto3" json:"accepts_portset,omitempty"` // the host can do with a port set when addresses run short
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *BindRequest) Reset() {
@@ -1017,6 +1018,13 @@ func (x *BindRequest) GetMtu() uint32 {
 		return x.Mtu
 	}
 	return 0
+}
+
+func (x *BindRequest) GetAcceptsPortset() bool {
+	if x != nil {
+		return x.AcceptsPortset
+	}
+	return false
 }
 
 type Lease struct {
@@ -3881,7 +3889,7 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\twithin_ms\x18\x02 \x01(\rR\bwithinMs\"f\n" +
 	"\x06Revoke\x12-\n" +
 	"\x05lease\x18\x01 \x01(\v2\x17.dstm.lease.v1.LeaseRefR\x05lease\x12-\n" +
-	"\x06reason\x18\x02 \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x06reason\"\xf6\x01\n" +
+	"\x06reason\x18\x02 \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x06reason\"\x9f\x02\n" +
 	"\vBindRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\fR\trequestId\x12#\n" +
@@ -3890,7 +3898,8 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x04want\x18\x04 \x01(\v2\x17.dstm.lease.v1.ResourceR\x04want\x12\x19\n" +
 	"\bvalid_ms\x18\x05 \x01(\rR\avalidMs\x120\n" +
 	"\atrigger\x18\x06 \x01(\x0e2\x16.dstm.lease.v1.TriggerR\atrigger\x12\x10\n" +
-	"\x03mtu\x18\a \x01(\rR\x03mtu\"\xc2\x01\n" +
+	"\x03mtu\x18\a \x01(\rR\x03mtu\x12'\n" +
+	"\x0faccepts_portset\x18\b \x01(\bR\x0eacceptsPortset\"\xc2\x01\n" +
 	"\x05Lease\x12)\n" +
 	"\x03res\x18\x01 \x01(\v2\x17.dstm.lease.v1.ResourceR\x03res\x12\x10\n" +
 	"\x03gen\x18\x02 \x01(\x04R\x03gen\x12\x10\n" +
