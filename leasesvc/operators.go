@@ -103,7 +103,7 @@ func (a operatorsAPI) ListTeps(context.Context, *leasev1.TepsRequest) (*leasev1.
 	for _, t := range s.fence.Status(s.now().Mono) {
 		rep.Teps = append(rep.Teps, &leasev1.TepInfo{
 			Id: t.TEP, Connected: t.Live, Serving: t.Serving, Session: t.Session, AckedRev: uint64(t.Acked),
-			HeadRev: uint64(t.Head), DeadlineLeftMs: wire.FromDuration(t.Deadline),
+			HeadRev: uint64(t.Head), DeadlineLeftMs: wire.FromDuration(t.Deadline), Fenced: t.Fenced,
 		})
 	}
 	return rep, nil

@@ -193,31 +193,6 @@ func (a *app) poolCommand() *cobra.Command {
 	return group("pool", "Look at pools", ls)
 }
 
-func (a *app) tepCommand() *cobra.Command {
-	ls := a.remote(&cobra.Command{Use: "ls", Short: "List the gateways as the lease service sees them", Args: noArgs},
-		func(ctx context.Context, op operator, _ []string) error {
-			infos, err := op.TEPs(ctx)
-			if err != nil {
-				return err
-			}
-			ts := views(infos, viewTEP)
-			if a.json {
-				return a.printJSON("dstm.tep/1", struct {
-					TEPs []tepView `json:"teps"`
-				}{ts})
-			}
-			rows := make([][]string, 0, len(ts))
-			for _, t := range ts {
-				rows = append(rows, []string{
-					t.ID, yesNo(t.Connected), yesNo(t.Serving), fmt.Sprint(t.Session), fmt.Sprintf("%d/%d", t.AckedRev, t.HeadRev),
-					left(time.Duration(t.DeadlineMS) * time.Millisecond),
-				})
-			}
-			return table(a.out, []string{"ID", "CONNECTED", "SERVING", "SESSION", "ACKED/HEAD", "DEADLINE"}, rows)
-		})
-	return group("tep", "Look at gateways", ls)
-}
-
 func yesNo(b bool) string {
 	if b {
 		return "yes"

@@ -49,6 +49,7 @@ type (
 		AckedRev   uint64 `json:"acked_rev"`
 		HeadRev    uint64 `json:"head_rev"`
 		DeadlineMS int64  `json:"deadline_left_ms"`
+		Fenced     string `json:"fenced,omitempty"`
 	}
 )
 
@@ -80,7 +81,7 @@ func viewPool(p leaseclient.PoolInfo) poolView {
 func viewTEP(t leaseclient.TEPInfo) tepView {
 	return tepView{
 		ID: t.ID, Connected: t.Connected, Serving: t.Serving, Session: t.Session, AckedRev: uint64(t.Acked),
-		HeadRev: uint64(t.Head), DeadlineMS: t.DeadlineLeft.Milliseconds(),
+		HeadRev: uint64(t.Head), DeadlineMS: t.DeadlineLeft.Milliseconds(), Fenced: t.Fenced,
 	}
 }
 

@@ -131,6 +131,7 @@ type TEPInfo struct {
 	Session      uint64
 	Acked, Head  lease.Rev
 	DeadlineLeft time.Duration // until the service counts it as fenced by time
+	Fenced       string        // why nothing waits for it: time, witness or order; empty = it may forward
 }
 
 // TEPs lists the gateways.
@@ -145,7 +146,7 @@ func (c *Conn) TEPs(ctx context.Context) ([]TEPInfo, error) {
 	for _, t := range rep.GetTeps() {
 		out = append(out, TEPInfo{
 			ID: t.GetId(), Connected: t.GetConnected(), Serving: t.GetServing(), Session: t.GetSession(),
-			Acked: lease.Rev(t.GetAckedRev()), Head: lease.Rev(t.GetHeadRev()), DeadlineLeft: wire.Duration(t.GetDeadlineLeftMs()),
+			Acked: lease.Rev(t.GetAckedRev()), Head: lease.Rev(t.GetHeadRev()), DeadlineLeft: wire.Duration(t.GetDeadlineLeftMs()), Fenced: t.GetFenced(),
 		})
 	}
 	return out, nil
@@ -159,6 +160,28 @@ func (c *Conn) Revoke(ctx context.Context, ref lease.Ref) error {
 	}, m)
 	if err != nil {
 		return fmt.Errorf("revoke: %w", err)
+	}
+	return nil
+}
+
+// FenceTEP gives the operator's word that a gateway is off.
+func (c *Conn) FenceTEP(ctx context.Context, id string) error {
+	_, err := call(ctx, c, func(ctx context.Context, cc *grpc.ClientConn, m *leasev1.FenceTepRequest) (*leasev1.FenceTepReply, error) {
+		return leasev1.NewOperatorsClient(cc).FenceTep(ctx, m)
+	}, &leasev1.FenceTepRequest{Id: id})
+	if err != nil {
+		return fmt.Errorf("fence: %w", err)
+	}
+	return nil
+}
+
+// RemoveTEP takes a fenced gateway out of the fence set.
+func (c *Conn) RemoveTEP(ctx context.Context, id string) error {
+	_, err := call(ctx, c, func(ctx context.Context, cc *grpc.ClientConn, m *leasev1.RemoveTepRequest) (*leasev1.RemoveTepReply, error) {
+		return leasev1.NewOperatorsClient(cc).RemoveTep(ctx, m)
+	}, &leasev1.RemoveTepRequest{Id: id})
+	if err != nil {
+		return fmt.Errorf("remove: %w", err)
 	}
 	return nil
 }

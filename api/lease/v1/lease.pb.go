@@ -3624,6 +3624,7 @@ type TepInfo struct {
 	AckedRev       uint64                 `protobuf:"varint,5,opt,name=acked_rev,json=ackedRev,proto3" json:"acked_rev,omitempty"`
 	HeadRev        uint64                 `protobuf:"varint,6,opt,name=head_rev,json=headRev,proto3" json:"head_rev,omitempty"`
 	DeadlineLeftMs uint32                 `protobuf:"varint,7,opt,name=deadline_left_ms,json=deadlineLeftMs,proto3" json:"deadline_left_ms,omitempty"`
+	Fenced         string                 `protobuf:"bytes,8,opt,name=fenced,proto3" json:"fenced,omitempty"` // why nothing waits for it: time, witness or order; empty = it may forward
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -3707,6 +3708,173 @@ func (x *TepInfo) GetDeadlineLeftMs() uint32 {
 	return 0
 }
 
+func (x *TepInfo) GetFenced() string {
+	if x != nil {
+		return x.Fenced
+	}
+	return ""
+}
+
+type FenceTepRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FenceTepRequest) Reset() {
+	*x = FenceTepRequest{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FenceTepRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FenceTepRequest) ProtoMessage() {}
+
+func (x *FenceTepRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FenceTepRequest.ProtoReflect.Descriptor instead.
+func (*FenceTepRequest) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *FenceTepRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type FenceTepReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FenceTepReply) Reset() {
+	*x = FenceTepReply{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FenceTepReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FenceTepReply) ProtoMessage() {}
+
+func (x *FenceTepReply) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FenceTepReply.ProtoReflect.Descriptor instead.
+func (*FenceTepReply) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{51}
+}
+
+type RemoveTepRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveTepRequest) Reset() {
+	*x = RemoveTepRequest{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveTepRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveTepRequest) ProtoMessage() {}
+
+func (x *RemoveTepRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveTepRequest.ProtoReflect.Descriptor instead.
+func (*RemoveTepRequest) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *RemoveTepRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type RemoveTepReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveTepReply) Reset() {
+	*x = RemoveTepReply{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveTepReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveTepReply) ProtoMessage() {}
+
+func (x *RemoveTepReply) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveTepReply.ProtoReflect.Descriptor instead.
+func (*RemoveTepReply) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{53}
+}
+
 type TepsReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Teps          []*TepInfo             `protobuf:"bytes,1,rep,name=teps,proto3" json:"teps,omitempty"`
@@ -3716,7 +3884,7 @@ type TepsReply struct {
 
 func (x *TepsReply) Reset() {
 	*x = TepsReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3728,7 +3896,7 @@ func (x *TepsReply) String() string {
 func (*TepsReply) ProtoMessage() {}
 
 func (x *TepsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3741,7 +3909,7 @@ func (x *TepsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepsReply.ProtoReflect.Descriptor instead.
 func (*TepsReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{50}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *TepsReply) GetTeps() []*TepInfo {
@@ -3761,7 +3929,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3773,7 +3941,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3786,7 +3954,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{51}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RevokeRequest) GetRes() *Resource {
@@ -3811,7 +3979,7 @@ type RevokeReply struct {
 
 func (x *RevokeReply) Reset() {
 	*x = RevokeReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3823,7 +3991,7 @@ func (x *RevokeReply) String() string {
 func (*RevokeReply) ProtoMessage() {}
 
 func (x *RevokeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3836,7 +4004,7 @@ func (x *RevokeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeReply.ProtoReflect.Descriptor instead.
 func (*RevokeReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{52}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{56}
 }
 
 var File_dstm_lease_v1_lease_proto protoreflect.FileDescriptor
@@ -4095,7 +4263,7 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\n" +
 	"PoolsReply\x12-\n" +
 	"\x05pools\x18\x01 \x03(\v2\x17.dstm.lease.v1.PoolInfoR\x05pools\"\r\n" +
-	"\vTepsRequest\"\xcd\x01\n" +
+	"\vTepsRequest\"\xe5\x01\n" +
 	"\aTepInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tconnected\x18\x02 \x01(\bR\tconnected\x12\x18\n" +
@@ -4103,7 +4271,14 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\asession\x18\x04 \x01(\x04R\asession\x12\x1b\n" +
 	"\tacked_rev\x18\x05 \x01(\x04R\backedRev\x12\x19\n" +
 	"\bhead_rev\x18\x06 \x01(\x04R\aheadRev\x12(\n" +
-	"\x10deadline_left_ms\x18\a \x01(\rR\x0edeadlineLeftMs\"7\n" +
+	"\x10deadline_left_ms\x18\a \x01(\rR\x0edeadlineLeftMs\x12\x16\n" +
+	"\x06fenced\x18\b \x01(\tR\x06fenced\"!\n" +
+	"\x0fFenceTepRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x0f\n" +
+	"\rFenceTepReply\"\"\n" +
+	"\x10RemoveTepRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x10\n" +
+	"\x0eRemoveTepReply\"7\n" +
 	"\tTepsReply\x12*\n" +
 	"\x04teps\x18\x01 \x03(\v2\x16.dstm.lease.v1.TepInfoR\x04teps\"L\n" +
 	"\rRevokeRequest\x12)\n" +
@@ -4155,14 +4330,16 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x04Teps\x12:\n" +
 	"\x04Sync\x12\x15.dstm.lease.v1.SyncUp\x1a\x17.dstm.lease.v1.SyncDown(\x010\x012T\n" +
 	"\bGateways\x12H\n" +
-	"\bQuestion\x12\x1e.dstm.lease.v1.QuestionRequest\x1a\x1c.dstm.lease.v1.QuestionReply2\xd3\x02\n" +
+	"\bQuestion\x12\x1e.dstm.lease.v1.QuestionRequest\x1a\x1c.dstm.lease.v1.QuestionReply2\xea\x03\n" +
 	"\tOperators\x12D\n" +
 	"\n" +
 	"ListLeases\x12\x1a.dstm.lease.v1.ListRequest\x1a\x18.dstm.lease.v1.LeaseInfo0\x01\x129\n" +
 	"\x03Who\x12\x19.dstm.lease.v1.WhoRequest\x1a\x17.dstm.lease.v1.WhoReply\x12?\n" +
 	"\x05Pools\x12\x1b.dstm.lease.v1.PoolsRequest\x1a\x19.dstm.lease.v1.PoolsReply\x12@\n" +
 	"\bListTeps\x12\x1a.dstm.lease.v1.TepsRequest\x1a\x18.dstm.lease.v1.TepsReply\x12B\n" +
-	"\x06Revoke\x12\x1c.dstm.lease.v1.RevokeRequest\x1a\x1a.dstm.lease.v1.RevokeReplyB3Z1github.com/dstm-project/dstm/api/lease/v1;leasev1b\x06proto3"
+	"\x06Revoke\x12\x1c.dstm.lease.v1.RevokeRequest\x1a\x1a.dstm.lease.v1.RevokeReply\x12H\n" +
+	"\bFenceTep\x12\x1e.dstm.lease.v1.FenceTepRequest\x1a\x1c.dstm.lease.v1.FenceTepReply\x12K\n" +
+	"\tRemoveTep\x12\x1f.dstm.lease.v1.RemoveTepRequest\x1a\x1d.dstm.lease.v1.RemoveTepReplyB3Z1github.com/dstm-project/dstm/api/lease/v1;leasev1b\x06proto3"
 
 var (
 	file_dstm_lease_v1_lease_proto_rawDescOnce sync.Once
@@ -4177,64 +4354,68 @@ func file_dstm_lease_v1_lease_proto_rawDescGZIP() []byte {
 }
 
 var file_dstm_lease_v1_lease_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dstm_lease_v1_lease_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
+var file_dstm_lease_v1_lease_proto_msgTypes = make([]protoimpl.MessageInfo, 57)
 var file_dstm_lease_v1_lease_proto_goTypes = []any{
-	(HintState)(0),          // 0: dstm.lease.v1.HintState
-	(Trigger)(0),            // 1: dstm.lease.v1.Trigger
-	(Reason)(0),             // 2: dstm.lease.v1.Reason
-	(*Resource)(nil),        // 3: dstm.lease.v1.Resource
-	(*LeaseRef)(nil),        // 4: dstm.lease.v1.LeaseRef
-	(*AttendUp)(nil),        // 5: dstm.lease.v1.AttendUp
-	(*HostHello)(nil),       // 6: dstm.lease.v1.HostHello
-	(*Sources)(nil),         // 7: dstm.lease.v1.Sources
-	(*Installed)(nil),       // 8: dstm.lease.v1.Installed
-	(*AttendDown)(nil),      // 9: dstm.lease.v1.AttendDown
-	(*Welcome)(nil),         // 10: dstm.lease.v1.Welcome
-	(*Timers)(nil),          // 11: dstm.lease.v1.Timers
-	(*Offer)(nil),           // 12: dstm.lease.v1.Offer
-	(*Revoke)(nil),          // 13: dstm.lease.v1.Revoke
-	(*BindRequest)(nil),     // 14: dstm.lease.v1.BindRequest
-	(*Lease)(nil),           // 15: dstm.lease.v1.Lease
-	(*RenewRequest)(nil),    // 16: dstm.lease.v1.RenewRequest
-	(*ReleaseRequest)(nil),  // 17: dstm.lease.v1.ReleaseRequest
-	(*ReleaseReply)(nil),    // 18: dstm.lease.v1.ReleaseReply
-	(*Prefix)(nil),          // 19: dstm.lease.v1.Prefix
-	(*WatchRequest)(nil),    // 20: dstm.lease.v1.WatchRequest
-	(*HostEvent)(nil),       // 21: dstm.lease.v1.HostEvent
-	(*HostState)(nil),       // 22: dstm.lease.v1.HostState
-	(*PoolState)(nil),       // 23: dstm.lease.v1.PoolState
-	(*HintRequest)(nil),     // 24: dstm.lease.v1.HintRequest
-	(*HintReply)(nil),       // 25: dstm.lease.v1.HintReply
-	(*SyncUp)(nil),          // 26: dstm.lease.v1.SyncUp
-	(*TepHello)(nil),        // 27: dstm.lease.v1.TepHello
-	(*Heartbeat)(nil),       // 28: dstm.lease.v1.Heartbeat
-	(*Ack)(nil),             // 29: dstm.lease.v1.Ack
-	(*Nack)(nil),            // 30: dstm.lease.v1.Nack
-	(*SyncDown)(nil),        // 31: dstm.lease.v1.SyncDown
-	(*SessionReply)(nil),    // 32: dstm.lease.v1.SessionReply
-	(*Endpoint)(nil),        // 33: dstm.lease.v1.Endpoint
-	(*Peer)(nil),            // 34: dstm.lease.v1.Peer
-	(*QuestionRequest)(nil), // 35: dstm.lease.v1.QuestionRequest
-	(*QuestionReply)(nil),   // 36: dstm.lease.v1.QuestionReply
-	(*SnapshotChunk)(nil),   // 37: dstm.lease.v1.SnapshotChunk
-	(*Batch)(nil),           // 38: dstm.lease.v1.Batch
-	(*Record)(nil),          // 39: dstm.lease.v1.Record
-	(*Binding)(nil),         // 40: dstm.lease.v1.Binding
-	(*Unbind)(nil),          // 41: dstm.lease.v1.Unbind
-	(*PoolRecord)(nil),      // 42: dstm.lease.v1.PoolRecord
-	(*ListRequest)(nil),     // 43: dstm.lease.v1.ListRequest
-	(*LeaseInfo)(nil),       // 44: dstm.lease.v1.LeaseInfo
-	(*WhoRequest)(nil),      // 45: dstm.lease.v1.WhoRequest
-	(*WhoReply)(nil),        // 46: dstm.lease.v1.WhoReply
-	(*Holding)(nil),         // 47: dstm.lease.v1.Holding
-	(*PoolsRequest)(nil),    // 48: dstm.lease.v1.PoolsRequest
-	(*PoolInfo)(nil),        // 49: dstm.lease.v1.PoolInfo
-	(*PoolsReply)(nil),      // 50: dstm.lease.v1.PoolsReply
-	(*TepsRequest)(nil),     // 51: dstm.lease.v1.TepsRequest
-	(*TepInfo)(nil),         // 52: dstm.lease.v1.TepInfo
-	(*TepsReply)(nil),       // 53: dstm.lease.v1.TepsReply
-	(*RevokeRequest)(nil),   // 54: dstm.lease.v1.RevokeRequest
-	(*RevokeReply)(nil),     // 55: dstm.lease.v1.RevokeReply
+	(HintState)(0),           // 0: dstm.lease.v1.HintState
+	(Trigger)(0),             // 1: dstm.lease.v1.Trigger
+	(Reason)(0),              // 2: dstm.lease.v1.Reason
+	(*Resource)(nil),         // 3: dstm.lease.v1.Resource
+	(*LeaseRef)(nil),         // 4: dstm.lease.v1.LeaseRef
+	(*AttendUp)(nil),         // 5: dstm.lease.v1.AttendUp
+	(*HostHello)(nil),        // 6: dstm.lease.v1.HostHello
+	(*Sources)(nil),          // 7: dstm.lease.v1.Sources
+	(*Installed)(nil),        // 8: dstm.lease.v1.Installed
+	(*AttendDown)(nil),       // 9: dstm.lease.v1.AttendDown
+	(*Welcome)(nil),          // 10: dstm.lease.v1.Welcome
+	(*Timers)(nil),           // 11: dstm.lease.v1.Timers
+	(*Offer)(nil),            // 12: dstm.lease.v1.Offer
+	(*Revoke)(nil),           // 13: dstm.lease.v1.Revoke
+	(*BindRequest)(nil),      // 14: dstm.lease.v1.BindRequest
+	(*Lease)(nil),            // 15: dstm.lease.v1.Lease
+	(*RenewRequest)(nil),     // 16: dstm.lease.v1.RenewRequest
+	(*ReleaseRequest)(nil),   // 17: dstm.lease.v1.ReleaseRequest
+	(*ReleaseReply)(nil),     // 18: dstm.lease.v1.ReleaseReply
+	(*Prefix)(nil),           // 19: dstm.lease.v1.Prefix
+	(*WatchRequest)(nil),     // 20: dstm.lease.v1.WatchRequest
+	(*HostEvent)(nil),        // 21: dstm.lease.v1.HostEvent
+	(*HostState)(nil),        // 22: dstm.lease.v1.HostState
+	(*PoolState)(nil),        // 23: dstm.lease.v1.PoolState
+	(*HintRequest)(nil),      // 24: dstm.lease.v1.HintRequest
+	(*HintReply)(nil),        // 25: dstm.lease.v1.HintReply
+	(*SyncUp)(nil),           // 26: dstm.lease.v1.SyncUp
+	(*TepHello)(nil),         // 27: dstm.lease.v1.TepHello
+	(*Heartbeat)(nil),        // 28: dstm.lease.v1.Heartbeat
+	(*Ack)(nil),              // 29: dstm.lease.v1.Ack
+	(*Nack)(nil),             // 30: dstm.lease.v1.Nack
+	(*SyncDown)(nil),         // 31: dstm.lease.v1.SyncDown
+	(*SessionReply)(nil),     // 32: dstm.lease.v1.SessionReply
+	(*Endpoint)(nil),         // 33: dstm.lease.v1.Endpoint
+	(*Peer)(nil),             // 34: dstm.lease.v1.Peer
+	(*QuestionRequest)(nil),  // 35: dstm.lease.v1.QuestionRequest
+	(*QuestionReply)(nil),    // 36: dstm.lease.v1.QuestionReply
+	(*SnapshotChunk)(nil),    // 37: dstm.lease.v1.SnapshotChunk
+	(*Batch)(nil),            // 38: dstm.lease.v1.Batch
+	(*Record)(nil),           // 39: dstm.lease.v1.Record
+	(*Binding)(nil),          // 40: dstm.lease.v1.Binding
+	(*Unbind)(nil),           // 41: dstm.lease.v1.Unbind
+	(*PoolRecord)(nil),       // 42: dstm.lease.v1.PoolRecord
+	(*ListRequest)(nil),      // 43: dstm.lease.v1.ListRequest
+	(*LeaseInfo)(nil),        // 44: dstm.lease.v1.LeaseInfo
+	(*WhoRequest)(nil),       // 45: dstm.lease.v1.WhoRequest
+	(*WhoReply)(nil),         // 46: dstm.lease.v1.WhoReply
+	(*Holding)(nil),          // 47: dstm.lease.v1.Holding
+	(*PoolsRequest)(nil),     // 48: dstm.lease.v1.PoolsRequest
+	(*PoolInfo)(nil),         // 49: dstm.lease.v1.PoolInfo
+	(*PoolsReply)(nil),       // 50: dstm.lease.v1.PoolsReply
+	(*TepsRequest)(nil),      // 51: dstm.lease.v1.TepsRequest
+	(*TepInfo)(nil),          // 52: dstm.lease.v1.TepInfo
+	(*FenceTepRequest)(nil),  // 53: dstm.lease.v1.FenceTepRequest
+	(*FenceTepReply)(nil),    // 54: dstm.lease.v1.FenceTepReply
+	(*RemoveTepRequest)(nil), // 55: dstm.lease.v1.RemoveTepRequest
+	(*RemoveTepReply)(nil),   // 56: dstm.lease.v1.RemoveTepReply
+	(*TepsReply)(nil),        // 57: dstm.lease.v1.TepsReply
+	(*RevokeRequest)(nil),    // 58: dstm.lease.v1.RevokeRequest
+	(*RevokeReply)(nil),      // 59: dstm.lease.v1.RevokeReply
 }
 var file_dstm_lease_v1_lease_proto_depIdxs = []int32{
 	3,  // 0: dstm.lease.v1.LeaseRef.res:type_name -> dstm.lease.v1.Resource
@@ -4299,22 +4480,26 @@ var file_dstm_lease_v1_lease_proto_depIdxs = []int32{
 	45, // 59: dstm.lease.v1.Operators.Who:input_type -> dstm.lease.v1.WhoRequest
 	48, // 60: dstm.lease.v1.Operators.Pools:input_type -> dstm.lease.v1.PoolsRequest
 	51, // 61: dstm.lease.v1.Operators.ListTeps:input_type -> dstm.lease.v1.TepsRequest
-	54, // 62: dstm.lease.v1.Operators.Revoke:input_type -> dstm.lease.v1.RevokeRequest
-	9,  // 63: dstm.lease.v1.Hosts.Attend:output_type -> dstm.lease.v1.AttendDown
-	15, // 64: dstm.lease.v1.Hosts.Bind:output_type -> dstm.lease.v1.Lease
-	15, // 65: dstm.lease.v1.Hosts.Renew:output_type -> dstm.lease.v1.Lease
-	18, // 66: dstm.lease.v1.Hosts.Release:output_type -> dstm.lease.v1.ReleaseReply
-	21, // 67: dstm.lease.v1.Resolvers.WatchHosts:output_type -> dstm.lease.v1.HostEvent
-	25, // 68: dstm.lease.v1.Resolvers.Hint:output_type -> dstm.lease.v1.HintReply
-	31, // 69: dstm.lease.v1.Teps.Sync:output_type -> dstm.lease.v1.SyncDown
-	36, // 70: dstm.lease.v1.Gateways.Question:output_type -> dstm.lease.v1.QuestionReply
-	44, // 71: dstm.lease.v1.Operators.ListLeases:output_type -> dstm.lease.v1.LeaseInfo
-	46, // 72: dstm.lease.v1.Operators.Who:output_type -> dstm.lease.v1.WhoReply
-	50, // 73: dstm.lease.v1.Operators.Pools:output_type -> dstm.lease.v1.PoolsReply
-	53, // 74: dstm.lease.v1.Operators.ListTeps:output_type -> dstm.lease.v1.TepsReply
-	55, // 75: dstm.lease.v1.Operators.Revoke:output_type -> dstm.lease.v1.RevokeReply
-	63, // [63:76] is the sub-list for method output_type
-	50, // [50:63] is the sub-list for method input_type
+	58, // 62: dstm.lease.v1.Operators.Revoke:input_type -> dstm.lease.v1.RevokeRequest
+	53, // 63: dstm.lease.v1.Operators.FenceTep:input_type -> dstm.lease.v1.FenceTepRequest
+	55, // 64: dstm.lease.v1.Operators.RemoveTep:input_type -> dstm.lease.v1.RemoveTepRequest
+	9,  // 65: dstm.lease.v1.Hosts.Attend:output_type -> dstm.lease.v1.AttendDown
+	15, // 66: dstm.lease.v1.Hosts.Bind:output_type -> dstm.lease.v1.Lease
+	15, // 67: dstm.lease.v1.Hosts.Renew:output_type -> dstm.lease.v1.Lease
+	18, // 68: dstm.lease.v1.Hosts.Release:output_type -> dstm.lease.v1.ReleaseReply
+	21, // 69: dstm.lease.v1.Resolvers.WatchHosts:output_type -> dstm.lease.v1.HostEvent
+	25, // 70: dstm.lease.v1.Resolvers.Hint:output_type -> dstm.lease.v1.HintReply
+	31, // 71: dstm.lease.v1.Teps.Sync:output_type -> dstm.lease.v1.SyncDown
+	36, // 72: dstm.lease.v1.Gateways.Question:output_type -> dstm.lease.v1.QuestionReply
+	44, // 73: dstm.lease.v1.Operators.ListLeases:output_type -> dstm.lease.v1.LeaseInfo
+	46, // 74: dstm.lease.v1.Operators.Who:output_type -> dstm.lease.v1.WhoReply
+	50, // 75: dstm.lease.v1.Operators.Pools:output_type -> dstm.lease.v1.PoolsReply
+	57, // 76: dstm.lease.v1.Operators.ListTeps:output_type -> dstm.lease.v1.TepsReply
+	59, // 77: dstm.lease.v1.Operators.Revoke:output_type -> dstm.lease.v1.RevokeReply
+	54, // 78: dstm.lease.v1.Operators.FenceTep:output_type -> dstm.lease.v1.FenceTepReply
+	56, // 79: dstm.lease.v1.Operators.RemoveTep:output_type -> dstm.lease.v1.RemoveTepReply
+	65, // [65:80] is the sub-list for method output_type
+	50, // [50:65] is the sub-list for method input_type
 	50, // [50:50] is the sub-list for extension type_name
 	50, // [50:50] is the sub-list for extension extendee
 	0,  // [0:50] is the sub-list for field type_name
@@ -4362,7 +4547,7 @@ func file_dstm_lease_v1_lease_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dstm_lease_v1_lease_proto_rawDesc), len(file_dstm_lease_v1_lease_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   53,
+			NumMessages:   57,
 			NumExtensions: 0,
 			NumServices:   5,
 		},
