@@ -22,7 +22,9 @@ func grant(t *testing.T, a lease.Actions) lease.Grant {
 
 // TestMove: a host with a new tunnel source keeps its address, under a new generation, once the old one is fenced (L14).
 func TestMove(t *testing.T) {
-	bind := func(source netip.Addr, hurry bool) lease.Bind { return lease.Bind{Host: "a", Source: source, Hurry: hurry} }
+	bind := func(source netip.Addr, hurry bool) lease.Bind {
+		return lease.Bind{Host: "a", Source: source, Hurry: hurry}
+	}
 	t.Run("same address after the fence", func(t *testing.T) {
 		c, _ := core(t, config("198.51.100.0/29"), 0)
 		old := grant(t, c.Step(at(0), bind(srcA, false)))

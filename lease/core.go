@@ -159,7 +159,7 @@ type Config struct {
 	Timers  Timers
 }
 
-// An Event is one of Bind, Renew, Release, Revoke, Reserve, FenceTo and Tick.
+// An Event is one of Bind, Renew, Release, Revoke, Reserve, FenceTo, Tick and Adopt.
 type Event interface{ event() }
 
 // Bind asks for a lease. The caller has authenticated Host and proved Source. A holder who binds again from the same

@@ -185,12 +185,17 @@ func (l *Loader) Core(now Now) *Core {
 	slices.SortFunc(sorted, func(a, b int32) int {
 		return cmp.Or(cmp.Compare(order(&c.entries[a].Address), order(&c.entries[b].Address)), cmp.Compare(a, b))
 	})
-	grace := max(c.cfg.Timers.T1Of(c.cfg.Timers.Valid), c.cfg.Timers.Grace)
+	grace := c.restartGrace()
 	for _, i := range sorted {
 		c.place(now, i, grace)
 	}
 	l.c = nil
 	return c
+}
+
+// restartGrace is how long nothing expires after a start.
+func (c *Core) restartGrace() time.Duration {
+	return max(c.cfg.Timers.T1Of(c.cfg.Timers.Valid), c.cfg.Timers.Grace)
 }
 
 // contradictions looks for addresses that are stored as leased whole and by port sets too: an operator decides.

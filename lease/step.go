@@ -1,6 +1,9 @@
 package lease
 
-import "time"
+import (
+	"net/netip"
+	"time"
+)
 
 // Step takes one event at now and returns what follows from it.
 func (c *Core) Step(now Now, ev Event) Actions {
@@ -20,12 +23,18 @@ func (c *Core) Step(now Now, ev Event) Actions {
 		c.fenceTo(now, ev.Rev)
 	case Tick:
 		c.tick(now)
+	case Adopt:
+		c.adopt(now, ev.Binding)
 	}
 	return c.out
 }
 
 // bind follows the order of preference: current, fixed, previous, reserved, requested, longest free.
 func (c *Core) bind(now Now, ev Bind) {
+	if i, ok := c.claim(ev); ok {
+		c.takeOver(now, i, ev)
+		return
+	}
 	if r, ok := c.cell.Where(ev.Host); ok {
 		i, here := c.index(r)
 		if !here { // the service asks the core that holds the lease; one lease per identity
@@ -60,6 +69,21 @@ func (c *Core) bind(now Now, ev Bind) {
 		c.out.Deny = ReasonQuota
 		return
 	}
+	c.grant(now, i, ev)
+}
+
+// takeOver gives an adopted lease to the host that comes from its tunnel source. The one that the store knew of it was from
+// before.
+func (c *Core) takeOver(now Now, i int32, ev Bind) {
+	if r, ok := c.cell.Where(ev.Host); ok {
+		old, here := c.index(r)
+		if !here {
+			c.out.Deny = ReasonQuota
+			return
+		}
+		c.end(now, old, ReasonMoved)
+	}
+	c.supersede(now, i, ReasonMoved)
 	c.grant(now, i, ev)
 }
 
@@ -140,6 +164,13 @@ func (c *Core) grant(now Now, i int32, ev Bind) {
 		c.unreserve(r)
 	}
 	valid := c.validity(ev.Valid)
+	c.hold(now, i, ev, c.cfg.Pool.TEP, valid)
+	c.answer(i, valid, false)
+}
+
+// hold makes an address BOUND to a host under a new generation.
+func (c *Core) hold(now Now, i int32, ev Bind, tep netip.Addr, valid time.Duration) {
+	e := &c.entries[i]
 	c.pull(i)
 	if e.Host != "" && e.Host != ev.Host && c.previous[e.Host] == i {
 		delete(c.previous, e.Host)
@@ -147,18 +178,17 @@ func (c *Core) grant(now Now, i int32, ev Bind) {
 	rev := c.cell.NextRev()
 	e.Address = Address{
 		Resource: e.Resource, Gen: c.rules.newGen(c.cell, rev), Rev: rev,
-		Host: ev.Host, Source: ev.Source, TEP: c.cfg.Pool.TEP, MTU: ev.MTU, Trigger: ev.Trigger,
+		Host: ev.Host, Source: ev.Source, TEP: tep, MTU: ev.MTU, Trigger: ev.Trigger,
 		BoundAt: now.Wall, Valid: valid,
 	}
 	c.previous[ev.Host] = i
-	// The host has no other lease here or elsewhere: bind has looked.
+	// The host has no other lease here or elsewhere: the caller has looked.
 	if err := c.cell.add(&e.Address); err != nil {
 		panic("lease: " + err.Error())
 	}
 	c.push(Bound, i)
 	c.setTimer(i, now.Mono+valid)
 	c.commit(i, BindRecord(rev, e.Binding()), true)
-	c.answer(i, valid, false)
 }
 
 // validity returns what a host gets when it asks for want: less when addresses run short, so that those of hosts that
