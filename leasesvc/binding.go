@@ -30,6 +30,9 @@ type answer struct {
 
 // Bind implements the Hosts service.
 func (a hostsAPI) Bind(ctx context.Context, m *leasev1.BindRequest) (*leasev1.Lease, error) {
+	if err := a.s.complete(); err != nil {
+		return nil, err
+	}
 	c := callerOf(ctx)
 	id, err := wire.RequestID(m.GetRequestId())
 	if err != nil {
@@ -67,6 +70,9 @@ func (a hostsAPI) Bind(ctx context.Context, m *leasev1.BindRequest) (*leasev1.Le
 
 // Renew implements the Hosts service.
 func (a hostsAPI) Renew(ctx context.Context, m *leasev1.RenewRequest) (*leasev1.Lease, error) {
+	if err := a.s.complete(); err != nil {
+		return nil, err
+	}
 	c := callerOf(ctx)
 	id, err := wire.RequestID(m.GetRequestId())
 	if err != nil {
@@ -93,6 +99,9 @@ func (a hostsAPI) Renew(ctx context.Context, m *leasev1.RenewRequest) (*leasev1.
 
 // Release implements the Hosts service.
 func (a hostsAPI) Release(ctx context.Context, m *leasev1.ReleaseRequest) (*leasev1.ReleaseReply, error) {
+	if err := a.s.complete(); err != nil {
+		return nil, err
+	}
 	c := callerOf(ctx)
 	ref, err := wire.Ref("lease", m.GetLease())
 	if err != nil {

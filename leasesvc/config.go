@@ -252,8 +252,8 @@ func (c *Config) checkTimers(r *config.Report) {
 
 // fence says how long gateways may go on. With one gateway nobody could witness that it has stopped, so each answer lets it
 // go on for as long as it ever may.
-func (c *Config) fence() lease.FenceConfig {
-	f := lease.FenceConfig{FailStatic: c.Timers.FailStatic, Session: c.Timers.SessionLease}
+func (c *Config) fence(epoch lease.Epoch) lease.FenceConfig {
+	f := lease.FenceConfig{FailStatic: c.Timers.FailStatic, Session: c.Timers.SessionLease, Epoch: epoch}
 	if len(c.TEPs) == 1 {
 		f.Session = f.FailStatic
 	}

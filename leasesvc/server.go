@@ -49,6 +49,7 @@ type Server struct {
 	resync  map[string]bool // gateways whose table is in doubt: the next session brings a whole one
 	checked map[string]time.Duration
 	caps    map[string][]string // of the gateways
+	recover *recovery           // nil once the store is known to know every lease
 
 	acked *signal       // an acknowledgement moved the fence
 	wake  chan struct{} // the sweeper has to look again
@@ -77,9 +78,16 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	if err := s.loadCores(ctx, now); err != nil {
 		return nil, err
 	}
-	s.fence = lease.NewFenceSet(cfg.fence(), now.Mono, st.Last, st.Members...)
+	members := st.Members
+	if st.Restored { // any gateway may have joined since the copy was made
+		members = withAll(members, cfg.TEPs)
+	}
+	s.fence = lease.NewFenceSet(cfg.fence(st.Epoch), now.Mono, st.Last, members...)
 	if err := s.commitPools(ctx, now, st.Pools); err != nil {
 		return nil, err
+	}
+	if st.Restored {
+		s.recover = s.newRecovery()
 	}
 	for _, t := range cfg.labTimes() {
 		d.Log.Warn("timer is shorter than production wants", "timer", t)
@@ -221,6 +229,9 @@ func (s *Server) sweepOnce() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := s.now()
+	if !s.recovered(now) {
+		return min(maxSweep, s.untilFenced(now))
+	}
 	mark := s.fence.Watermark(now.Mono)
 	next := now.Mono + maxSweep
 	for _, c := range s.cores {
@@ -257,6 +268,9 @@ func (s *Server) Tasks(l net.Listener) []daemon.Task {
 func (s *Server) Ready() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.recover != nil {
+		return errors.New(s.recover.sentence())
+	}
 	if len(s.fence.Serving(s.now().Mono)) == 0 {
 		return errors.New("no gateway serves")
 	}

@@ -40,6 +40,7 @@ type world struct {
 	stop   func()
 	srv    *leasesvc.Server
 	store  *countingStore
+	wrap   func(store.Store) store.Store // of the next start
 }
 
 // countingStore counts transactions that hold events of addresses.
@@ -110,6 +111,9 @@ func (w *world) up() {
 		w.t.Fatal(err)
 	}
 	w.store = &countingStore{Store: st}
+	if w.wrap != nil {
+		w.store.Store = w.wrap(st)
+	}
 	w.srv, err = leasesvc.New(w.t.Context(), cfg, leasesvc.Deps{Store: w.store, TLS: w.identity(tlsid.RoleSvc, "lease1"), Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		w.t.Fatal(err)
@@ -178,6 +182,14 @@ func (w *world) gateway(name string) *gateway {
 
 func (g *gateway) connect() {
 	g.w.t.Helper()
+	if err := g.attempt(); err != nil {
+		g.w.t.Fatal(err)
+	}
+}
+
+// attempt opens a stream and returns once the table is in sync, or with what ended the stream before.
+func (g *gateway) attempt() error {
+	g.w.t.Helper()
 	c := g.w.client(tlsid.RoleTEP, g.name)
 	s, err := c.Sync(context.Background(), func() lease.Hello { return g.r.Hello(bootNS()) })
 	if err != nil {
@@ -191,10 +203,11 @@ func (g *gateway) connect() {
 	g.stop = func() { s.Close(); <-done; g.stop = func() {} }
 	select {
 	case <-synced:
+		return nil
 	case err := <-fail:
-		g.w.t.Fatal(err)
+		return err
 	case <-time.After(patience):
-		g.w.t.Fatal("gateway did not sync")
+		return errors.New("gateway did not sync")
 	}
 }
 
@@ -206,6 +219,15 @@ func (g *gateway) follow(s *leaseclient.Sync, synced chan struct{}) error {
 		}
 		var out replica.Out
 		switch m := m.(type) {
+		case lease.Upload:
+			c := lease.TableChunk{Last: true}
+			for _, b := range g.table {
+				c.Held = append(c.Held, b)
+			}
+			if err := s.Table(c); err != nil {
+				return err
+			}
+			continue
 		case lease.SessionReply:
 			out, err = g.r.Session(m, m.EchoBootNS)
 		case lease.SnapshotChunk:

@@ -55,6 +55,9 @@ func (a tepsAPI) Sync(st leasev1.Teps_SyncServer) error {
 	if err := s.checkTEP(callerOf(st.Context()), hello); err != nil {
 		return err
 	}
+	if s.recovering() {
+		return s.collect(st, hello)
+	}
 	ss := &session{s: s, st: st, tep: hello.TEP}
 	ctx, cancel := context.WithCancelCause(st.Context())
 	defer cancel(nil)

@@ -1758,6 +1758,7 @@ type SyncUp struct {
 	//	*SyncUp_Hello
 	//	*SyncUp_Beat
 	//	*SyncUp_Ack
+	//	*SyncUp_Table
 	M             isSyncUp_M `protobuf_oneof:"m"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1827,6 +1828,15 @@ func (x *SyncUp) GetAck() *Ack {
 	return nil
 }
 
+func (x *SyncUp) GetTable() *TableChunk {
+	if x != nil {
+		if x, ok := x.M.(*SyncUp_Table); ok {
+			return x.Table
+		}
+	}
+	return nil
+}
+
 type isSyncUp_M interface {
 	isSyncUp_M()
 }
@@ -1843,11 +1853,17 @@ type SyncUp_Ack struct {
 	Ack *Ack `protobuf:"bytes,3,opt,name=ack,proto3,oneof"`
 }
 
+type SyncUp_Table struct {
+	Table *TableChunk `protobuf:"bytes,4,opt,name=table,proto3,oneof"`
+}
+
 func (*SyncUp_Hello) isSyncUp_M() {}
 
 func (*SyncUp_Beat) isSyncUp_M() {}
 
 func (*SyncUp_Ack) isSyncUp_M() {}
+
+func (*SyncUp_Table) isSyncUp_M() {}
 
 // TepHello opens a Sync stream. instance changes with every tepd process; have_rev is 0 for a new process.
 type TepHello struct {
@@ -2155,6 +2171,59 @@ func (x *Nack) GetReason() string {
 	return ""
 }
 
+// TableChunk is part of what the packet path of a TEP holds, the answer to UploadTable.
+type TableChunk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Last          bool                   `protobuf:"varint,1,opt,name=last,proto3" json:"last,omitempty"`
+	Held          []*Binding             `protobuf:"bytes,2,rep,name=held,proto3" json:"held,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TableChunk) Reset() {
+	*x = TableChunk{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TableChunk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TableChunk) ProtoMessage() {}
+
+func (x *TableChunk) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TableChunk.ProtoReflect.Descriptor instead.
+func (*TableChunk) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *TableChunk) GetLast() bool {
+	if x != nil {
+		return x.Last
+	}
+	return false
+}
+
+func (x *TableChunk) GetHeld() []*Binding {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
 type SyncDown struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to M:
@@ -2162,6 +2231,7 @@ type SyncDown struct {
 	//	*SyncDown_Session
 	//	*SyncDown_Snapshot
 	//	*SyncDown_Batch
+	//	*SyncDown_Upload
 	M             isSyncDown_M `protobuf_oneof:"m"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2169,7 +2239,7 @@ type SyncDown struct {
 
 func (x *SyncDown) Reset() {
 	*x = SyncDown{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2181,7 +2251,7 @@ func (x *SyncDown) String() string {
 func (*SyncDown) ProtoMessage() {}
 
 func (x *SyncDown) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2194,7 +2264,7 @@ func (x *SyncDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncDown.ProtoReflect.Descriptor instead.
 func (*SyncDown) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{28}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *SyncDown) GetM() isSyncDown_M {
@@ -2231,6 +2301,15 @@ func (x *SyncDown) GetBatch() *Batch {
 	return nil
 }
 
+func (x *SyncDown) GetUpload() *UploadTable {
+	if x != nil {
+		if x, ok := x.M.(*SyncDown_Upload); ok {
+			return x.Upload
+		}
+	}
+	return nil
+}
+
 type isSyncDown_M interface {
 	isSyncDown_M()
 }
@@ -2247,11 +2326,55 @@ type SyncDown_Batch struct {
 	Batch *Batch `protobuf:"bytes,3,opt,name=batch,proto3,oneof"`
 }
 
+type SyncDown_Upload struct {
+	Upload *UploadTable `protobuf:"bytes,4,opt,name=upload,proto3,oneof"`
+}
+
 func (*SyncDown_Session) isSyncDown_M() {}
 
 func (*SyncDown_Snapshot) isSyncDown_M() {}
 
 func (*SyncDown_Batch) isSyncDown_M() {}
+
+func (*SyncDown_Upload) isSyncDown_M() {}
+
+// UploadTable, instead of a SessionReply, asks a TEP what its packet path holds: the store was restored from a copy and may
+// know less. The stream ends after it, and the TEP forwards on under the deadline that it has.
+type UploadTable struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UploadTable) Reset() {
+	*x = UploadTable{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UploadTable) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UploadTable) ProtoMessage() {}
+
+func (x *UploadTable) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UploadTable.ProtoReflect.Descriptor instead.
+func (*UploadTable) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{30}
+}
 
 // SessionReply answers a Hello or a Heartbeat: deadline = echo_boot_ns + grant, once applied_rev >= floor (F5, F7).
 type SessionReply struct {
@@ -2273,7 +2396,7 @@ type SessionReply struct {
 
 func (x *SessionReply) Reset() {
 	*x = SessionReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2285,7 +2408,7 @@ func (x *SessionReply) String() string {
 func (*SessionReply) ProtoMessage() {}
 
 func (x *SessionReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2298,7 +2421,7 @@ func (x *SessionReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionReply.ProtoReflect.Descriptor instead.
 func (*SessionReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{29}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *SessionReply) GetSession() uint64 {
@@ -2388,7 +2511,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2400,7 +2523,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2413,7 +2536,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{30}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Endpoint) GetAddr() []byte {
@@ -2440,7 +2563,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2452,7 +2575,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2465,7 +2588,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{31}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Peer) GetTepId() string {
@@ -2490,7 +2613,7 @@ type QuestionRequest struct {
 
 func (x *QuestionRequest) Reset() {
 	*x = QuestionRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2502,7 +2625,7 @@ func (x *QuestionRequest) String() string {
 func (*QuestionRequest) ProtoMessage() {}
 
 func (x *QuestionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2515,7 +2638,7 @@ func (x *QuestionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuestionRequest.ProtoReflect.Descriptor instead.
 func (*QuestionRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{32}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{34}
 }
 
 type QuestionReply struct {
@@ -2527,7 +2650,7 @@ type QuestionReply struct {
 
 func (x *QuestionReply) Reset() {
 	*x = QuestionReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2539,7 +2662,7 @@ func (x *QuestionReply) String() string {
 func (*QuestionReply) ProtoMessage() {}
 
 func (x *QuestionReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2552,7 +2675,7 @@ func (x *QuestionReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuestionReply.ProtoReflect.Descriptor instead.
 func (*QuestionReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{33}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *QuestionReply) GetQuiet() bool {
@@ -2576,7 +2699,7 @@ type SnapshotChunk struct {
 
 func (x *SnapshotChunk) Reset() {
 	*x = SnapshotChunk{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2588,7 +2711,7 @@ func (x *SnapshotChunk) String() string {
 func (*SnapshotChunk) ProtoMessage() {}
 
 func (x *SnapshotChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2601,7 +2724,7 @@ func (x *SnapshotChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotChunk.ProtoReflect.Descriptor instead.
 func (*SnapshotChunk) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{34}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SnapshotChunk) GetSession() uint64 {
@@ -2652,7 +2775,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2664,7 +2787,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2677,7 +2800,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{35}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Batch) GetSession() uint64 {
@@ -2724,7 +2847,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2736,7 +2859,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2749,7 +2872,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{36}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Record) GetRev() uint64 {
@@ -2835,7 +2958,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2847,7 +2970,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2860,7 +2983,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{37}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Binding) GetRes() *Resource {
@@ -2908,7 +3031,7 @@ type Unbind struct {
 
 func (x *Unbind) Reset() {
 	*x = Unbind{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2920,7 +3043,7 @@ func (x *Unbind) String() string {
 func (*Unbind) ProtoMessage() {}
 
 func (x *Unbind) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2933,7 +3056,7 @@ func (x *Unbind) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unbind.ProtoReflect.Descriptor instead.
 func (*Unbind) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{38}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Unbind) GetRes() *Resource {
@@ -2964,7 +3087,7 @@ type PoolRecord struct {
 
 func (x *PoolRecord) Reset() {
 	*x = PoolRecord{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2976,7 +3099,7 @@ func (x *PoolRecord) String() string {
 func (*PoolRecord) ProtoMessage() {}
 
 func (x *PoolRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2989,7 +3112,7 @@ func (x *PoolRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolRecord.ProtoReflect.Descriptor instead.
 func (*PoolRecord) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{39}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *PoolRecord) GetName() string {
@@ -3043,7 +3166,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3055,7 +3178,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3068,7 +3191,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{40}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ListRequest) GetPool() string {
@@ -3095,7 +3218,7 @@ type LeaseInfo struct {
 
 func (x *LeaseInfo) Reset() {
 	*x = LeaseInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3107,7 +3230,7 @@ func (x *LeaseInfo) String() string {
 func (*LeaseInfo) ProtoMessage() {}
 
 func (x *LeaseInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3120,7 +3243,7 @@ func (x *LeaseInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseInfo.ProtoReflect.Descriptor instead.
 func (*LeaseInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{41}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *LeaseInfo) GetRes() *Resource {
@@ -3197,7 +3320,7 @@ type WhoRequest struct {
 
 func (x *WhoRequest) Reset() {
 	*x = WhoRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3209,7 +3332,7 @@ func (x *WhoRequest) String() string {
 func (*WhoRequest) ProtoMessage() {}
 
 func (x *WhoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3222,7 +3345,7 @@ func (x *WhoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoRequest.ProtoReflect.Descriptor instead.
 func (*WhoRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{42}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *WhoRequest) GetAddr() uint32 {
@@ -3255,7 +3378,7 @@ type WhoReply struct {
 
 func (x *WhoReply) Reset() {
 	*x = WhoReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3267,7 +3390,7 @@ func (x *WhoReply) String() string {
 func (*WhoReply) ProtoMessage() {}
 
 func (x *WhoReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3280,7 +3403,7 @@ func (x *WhoReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoReply.ProtoReflect.Descriptor instead.
 func (*WhoReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{43}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *WhoReply) GetHoldings() []*Holding {
@@ -3307,7 +3430,7 @@ type Holding struct {
 
 func (x *Holding) Reset() {
 	*x = Holding{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3319,7 +3442,7 @@ func (x *Holding) String() string {
 func (*Holding) ProtoMessage() {}
 
 func (x *Holding) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3332,7 +3455,7 @@ func (x *Holding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Holding.ProtoReflect.Descriptor instead.
 func (*Holding) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{44}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Holding) GetHostId() string {
@@ -3399,7 +3522,7 @@ type PoolsRequest struct {
 
 func (x *PoolsRequest) Reset() {
 	*x = PoolsRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3411,7 +3534,7 @@ func (x *PoolsRequest) String() string {
 func (*PoolsRequest) ProtoMessage() {}
 
 func (x *PoolsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3424,7 +3547,7 @@ func (x *PoolsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolsRequest.ProtoReflect.Descriptor instead.
 func (*PoolsRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{45}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{47}
 }
 
 type PoolInfo struct {
@@ -3444,7 +3567,7 @@ type PoolInfo struct {
 
 func (x *PoolInfo) Reset() {
 	*x = PoolInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3456,7 +3579,7 @@ func (x *PoolInfo) String() string {
 func (*PoolInfo) ProtoMessage() {}
 
 func (x *PoolInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3469,7 +3592,7 @@ func (x *PoolInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolInfo.ProtoReflect.Descriptor instead.
 func (*PoolInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{46}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *PoolInfo) GetName() string {
@@ -3544,7 +3667,7 @@ type PoolsReply struct {
 
 func (x *PoolsReply) Reset() {
 	*x = PoolsReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3556,7 +3679,7 @@ func (x *PoolsReply) String() string {
 func (*PoolsReply) ProtoMessage() {}
 
 func (x *PoolsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3569,7 +3692,7 @@ func (x *PoolsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolsReply.ProtoReflect.Descriptor instead.
 func (*PoolsReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{47}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *PoolsReply) GetPools() []*PoolInfo {
@@ -3587,7 +3710,7 @@ type TepsRequest struct {
 
 func (x *TepsRequest) Reset() {
 	*x = TepsRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3599,7 +3722,7 @@ func (x *TepsRequest) String() string {
 func (*TepsRequest) ProtoMessage() {}
 
 func (x *TepsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3612,7 +3735,7 @@ func (x *TepsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepsRequest.ProtoReflect.Descriptor instead.
 func (*TepsRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{48}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{50}
 }
 
 type TepInfo struct {
@@ -3631,7 +3754,7 @@ type TepInfo struct {
 
 func (x *TepInfo) Reset() {
 	*x = TepInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3643,7 +3766,7 @@ func (x *TepInfo) String() string {
 func (*TepInfo) ProtoMessage() {}
 
 func (x *TepInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3656,7 +3779,7 @@ func (x *TepInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepInfo.ProtoReflect.Descriptor instead.
 func (*TepInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{49}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *TepInfo) GetId() string {
@@ -3724,7 +3847,7 @@ type FenceTepRequest struct {
 
 func (x *FenceTepRequest) Reset() {
 	*x = FenceTepRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3736,7 +3859,7 @@ func (x *FenceTepRequest) String() string {
 func (*FenceTepRequest) ProtoMessage() {}
 
 func (x *FenceTepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3749,7 +3872,7 @@ func (x *FenceTepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceTepRequest.ProtoReflect.Descriptor instead.
 func (*FenceTepRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{50}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *FenceTepRequest) GetId() string {
@@ -3767,7 +3890,7 @@ type FenceTepReply struct {
 
 func (x *FenceTepReply) Reset() {
 	*x = FenceTepReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3779,7 +3902,7 @@ func (x *FenceTepReply) String() string {
 func (*FenceTepReply) ProtoMessage() {}
 
 func (x *FenceTepReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3792,7 +3915,7 @@ func (x *FenceTepReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceTepReply.ProtoReflect.Descriptor instead.
 func (*FenceTepReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{51}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{53}
 }
 
 type RemoveTepRequest struct {
@@ -3804,7 +3927,7 @@ type RemoveTepRequest struct {
 
 func (x *RemoveTepRequest) Reset() {
 	*x = RemoveTepRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3816,7 +3939,7 @@ func (x *RemoveTepRequest) String() string {
 func (*RemoveTepRequest) ProtoMessage() {}
 
 func (x *RemoveTepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3829,7 +3952,7 @@ func (x *RemoveTepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTepRequest.ProtoReflect.Descriptor instead.
 func (*RemoveTepRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{52}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *RemoveTepRequest) GetId() string {
@@ -3847,7 +3970,7 @@ type RemoveTepReply struct {
 
 func (x *RemoveTepReply) Reset() {
 	*x = RemoveTepReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3859,7 +3982,7 @@ func (x *RemoveTepReply) String() string {
 func (*RemoveTepReply) ProtoMessage() {}
 
 func (x *RemoveTepReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3872,7 +3995,7 @@ func (x *RemoveTepReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTepReply.ProtoReflect.Descriptor instead.
 func (*RemoveTepReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{53}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{55}
 }
 
 type TepsReply struct {
@@ -3884,7 +4007,7 @@ type TepsReply struct {
 
 func (x *TepsReply) Reset() {
 	*x = TepsReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3896,7 +4019,7 @@ func (x *TepsReply) String() string {
 func (*TepsReply) ProtoMessage() {}
 
 func (x *TepsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3909,7 +4032,7 @@ func (x *TepsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepsReply.ProtoReflect.Descriptor instead.
 func (*TepsReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{54}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *TepsReply) GetTeps() []*TepInfo {
@@ -3929,7 +4052,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3941,7 +4064,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3954,7 +4077,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{55}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *RevokeRequest) GetRes() *Resource {
@@ -3979,7 +4102,7 @@ type RevokeReply struct {
 
 func (x *RevokeReply) Reset() {
 	*x = RevokeReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3991,7 +4114,7 @@ func (x *RevokeReply) String() string {
 func (*RevokeReply) ProtoMessage() {}
 
 func (x *RevokeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4004,7 +4127,7 @@ func (x *RevokeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeReply.ProtoReflect.Descriptor instead.
 func (*RevokeReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{56}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{58}
 }
 
 var File_dstm_lease_v1_lease_proto protoreflect.FileDescriptor
@@ -4118,11 +4241,12 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\tHintReply\x12.\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x18.dstm.lease.v1.HintStateR\x05state\x12-\n" +
 	"\x06reason\x18\x02 \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x06reason\x12\"\n" +
-	"\rlease_left_ms\x18\x03 \x01(\rR\vleaseLeftMs\"\x96\x01\n" +
+	"\rlease_left_ms\x18\x03 \x01(\rR\vleaseLeftMs\"\xc9\x01\n" +
 	"\x06SyncUp\x12/\n" +
 	"\x05hello\x18\x01 \x01(\v2\x17.dstm.lease.v1.TepHelloH\x00R\x05hello\x12.\n" +
 	"\x04beat\x18\x02 \x01(\v2\x18.dstm.lease.v1.HeartbeatH\x00R\x04beat\x12&\n" +
-	"\x03ack\x18\x03 \x01(\v2\x12.dstm.lease.v1.AckH\x00R\x03ackB\x03\n" +
+	"\x03ack\x18\x03 \x01(\v2\x12.dstm.lease.v1.AckH\x00R\x03ack\x121\n" +
+	"\x05table\x18\x04 \x01(\v2\x19.dstm.lease.v1.TableChunkH\x00R\x05tableB\x03\n" +
 	"\x01m\"\xf8\x01\n" +
 	"\bTepHello\x12\x15\n" +
 	"\x06tep_id\x18\x01 \x01(\tR\x05tepId\x12\x1a\n" +
@@ -4152,12 +4276,18 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x04Nack\x12)\n" +
 	"\x03res\x18\x01 \x01(\v2\x17.dstm.lease.v1.ResourceR\x03res\x12\x10\n" +
 	"\x03gen\x18\x02 \x01(\x04R\x03gen\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\"\xb2\x01\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"L\n" +
+	"\n" +
+	"TableChunk\x12\x12\n" +
+	"\x04last\x18\x01 \x01(\bR\x04last\x12*\n" +
+	"\x04held\x18\x02 \x03(\v2\x16.dstm.lease.v1.BindingR\x04held\"\xe8\x01\n" +
 	"\bSyncDown\x127\n" +
 	"\asession\x18\x01 \x01(\v2\x1b.dstm.lease.v1.SessionReplyH\x00R\asession\x12:\n" +
 	"\bsnapshot\x18\x02 \x01(\v2\x1c.dstm.lease.v1.SnapshotChunkH\x00R\bsnapshot\x12,\n" +
-	"\x05batch\x18\x03 \x01(\v2\x14.dstm.lease.v1.BatchH\x00R\x05batchB\x03\n" +
-	"\x01m\"\xde\x02\n" +
+	"\x05batch\x18\x03 \x01(\v2\x14.dstm.lease.v1.BatchH\x00R\x05batch\x124\n" +
+	"\x06upload\x18\x04 \x01(\v2\x1a.dstm.lease.v1.UploadTableH\x00R\x06uploadB\x03\n" +
+	"\x01m\"\r\n" +
+	"\vUploadTable\"\xde\x02\n" +
 	"\fSessionReply\x12\x18\n" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12 \n" +
 	"\fecho_boot_ns\x18\x02 \x01(\x04R\n" +
@@ -4354,7 +4484,7 @@ func file_dstm_lease_v1_lease_proto_rawDescGZIP() []byte {
 }
 
 var file_dstm_lease_v1_lease_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dstm_lease_v1_lease_proto_msgTypes = make([]protoimpl.MessageInfo, 57)
+var file_dstm_lease_v1_lease_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_dstm_lease_v1_lease_proto_goTypes = []any{
 	(HintState)(0),           // 0: dstm.lease.v1.HintState
 	(Trigger)(0),             // 1: dstm.lease.v1.Trigger
@@ -4387,35 +4517,37 @@ var file_dstm_lease_v1_lease_proto_goTypes = []any{
 	(*Heartbeat)(nil),        // 28: dstm.lease.v1.Heartbeat
 	(*Ack)(nil),              // 29: dstm.lease.v1.Ack
 	(*Nack)(nil),             // 30: dstm.lease.v1.Nack
-	(*SyncDown)(nil),         // 31: dstm.lease.v1.SyncDown
-	(*SessionReply)(nil),     // 32: dstm.lease.v1.SessionReply
-	(*Endpoint)(nil),         // 33: dstm.lease.v1.Endpoint
-	(*Peer)(nil),             // 34: dstm.lease.v1.Peer
-	(*QuestionRequest)(nil),  // 35: dstm.lease.v1.QuestionRequest
-	(*QuestionReply)(nil),    // 36: dstm.lease.v1.QuestionReply
-	(*SnapshotChunk)(nil),    // 37: dstm.lease.v1.SnapshotChunk
-	(*Batch)(nil),            // 38: dstm.lease.v1.Batch
-	(*Record)(nil),           // 39: dstm.lease.v1.Record
-	(*Binding)(nil),          // 40: dstm.lease.v1.Binding
-	(*Unbind)(nil),           // 41: dstm.lease.v1.Unbind
-	(*PoolRecord)(nil),       // 42: dstm.lease.v1.PoolRecord
-	(*ListRequest)(nil),      // 43: dstm.lease.v1.ListRequest
-	(*LeaseInfo)(nil),        // 44: dstm.lease.v1.LeaseInfo
-	(*WhoRequest)(nil),       // 45: dstm.lease.v1.WhoRequest
-	(*WhoReply)(nil),         // 46: dstm.lease.v1.WhoReply
-	(*Holding)(nil),          // 47: dstm.lease.v1.Holding
-	(*PoolsRequest)(nil),     // 48: dstm.lease.v1.PoolsRequest
-	(*PoolInfo)(nil),         // 49: dstm.lease.v1.PoolInfo
-	(*PoolsReply)(nil),       // 50: dstm.lease.v1.PoolsReply
-	(*TepsRequest)(nil),      // 51: dstm.lease.v1.TepsRequest
-	(*TepInfo)(nil),          // 52: dstm.lease.v1.TepInfo
-	(*FenceTepRequest)(nil),  // 53: dstm.lease.v1.FenceTepRequest
-	(*FenceTepReply)(nil),    // 54: dstm.lease.v1.FenceTepReply
-	(*RemoveTepRequest)(nil), // 55: dstm.lease.v1.RemoveTepRequest
-	(*RemoveTepReply)(nil),   // 56: dstm.lease.v1.RemoveTepReply
-	(*TepsReply)(nil),        // 57: dstm.lease.v1.TepsReply
-	(*RevokeRequest)(nil),    // 58: dstm.lease.v1.RevokeRequest
-	(*RevokeReply)(nil),      // 59: dstm.lease.v1.RevokeReply
+	(*TableChunk)(nil),       // 31: dstm.lease.v1.TableChunk
+	(*SyncDown)(nil),         // 32: dstm.lease.v1.SyncDown
+	(*UploadTable)(nil),      // 33: dstm.lease.v1.UploadTable
+	(*SessionReply)(nil),     // 34: dstm.lease.v1.SessionReply
+	(*Endpoint)(nil),         // 35: dstm.lease.v1.Endpoint
+	(*Peer)(nil),             // 36: dstm.lease.v1.Peer
+	(*QuestionRequest)(nil),  // 37: dstm.lease.v1.QuestionRequest
+	(*QuestionReply)(nil),    // 38: dstm.lease.v1.QuestionReply
+	(*SnapshotChunk)(nil),    // 39: dstm.lease.v1.SnapshotChunk
+	(*Batch)(nil),            // 40: dstm.lease.v1.Batch
+	(*Record)(nil),           // 41: dstm.lease.v1.Record
+	(*Binding)(nil),          // 42: dstm.lease.v1.Binding
+	(*Unbind)(nil),           // 43: dstm.lease.v1.Unbind
+	(*PoolRecord)(nil),       // 44: dstm.lease.v1.PoolRecord
+	(*ListRequest)(nil),      // 45: dstm.lease.v1.ListRequest
+	(*LeaseInfo)(nil),        // 46: dstm.lease.v1.LeaseInfo
+	(*WhoRequest)(nil),       // 47: dstm.lease.v1.WhoRequest
+	(*WhoReply)(nil),         // 48: dstm.lease.v1.WhoReply
+	(*Holding)(nil),          // 49: dstm.lease.v1.Holding
+	(*PoolsRequest)(nil),     // 50: dstm.lease.v1.PoolsRequest
+	(*PoolInfo)(nil),         // 51: dstm.lease.v1.PoolInfo
+	(*PoolsReply)(nil),       // 52: dstm.lease.v1.PoolsReply
+	(*TepsRequest)(nil),      // 53: dstm.lease.v1.TepsRequest
+	(*TepInfo)(nil),          // 54: dstm.lease.v1.TepInfo
+	(*FenceTepRequest)(nil),  // 55: dstm.lease.v1.FenceTepRequest
+	(*FenceTepReply)(nil),    // 56: dstm.lease.v1.FenceTepReply
+	(*RemoveTepRequest)(nil), // 57: dstm.lease.v1.RemoveTepRequest
+	(*RemoveTepReply)(nil),   // 58: dstm.lease.v1.RemoveTepReply
+	(*TepsReply)(nil),        // 59: dstm.lease.v1.TepsReply
+	(*RevokeRequest)(nil),    // 60: dstm.lease.v1.RevokeRequest
+	(*RevokeReply)(nil),      // 61: dstm.lease.v1.RevokeReply
 }
 var file_dstm_lease_v1_lease_proto_depIdxs = []int32{
 	3,  // 0: dstm.lease.v1.LeaseRef.res:type_name -> dstm.lease.v1.Resource
@@ -4446,63 +4578,66 @@ var file_dstm_lease_v1_lease_proto_depIdxs = []int32{
 	27, // 25: dstm.lease.v1.SyncUp.hello:type_name -> dstm.lease.v1.TepHello
 	28, // 26: dstm.lease.v1.SyncUp.beat:type_name -> dstm.lease.v1.Heartbeat
 	29, // 27: dstm.lease.v1.SyncUp.ack:type_name -> dstm.lease.v1.Ack
-	33, // 28: dstm.lease.v1.TepHello.question:type_name -> dstm.lease.v1.Endpoint
-	30, // 29: dstm.lease.v1.Ack.nacks:type_name -> dstm.lease.v1.Nack
-	3,  // 30: dstm.lease.v1.Nack.res:type_name -> dstm.lease.v1.Resource
-	32, // 31: dstm.lease.v1.SyncDown.session:type_name -> dstm.lease.v1.SessionReply
-	37, // 32: dstm.lease.v1.SyncDown.snapshot:type_name -> dstm.lease.v1.SnapshotChunk
-	38, // 33: dstm.lease.v1.SyncDown.batch:type_name -> dstm.lease.v1.Batch
-	34, // 34: dstm.lease.v1.SessionReply.others:type_name -> dstm.lease.v1.Peer
-	33, // 35: dstm.lease.v1.Peer.question:type_name -> dstm.lease.v1.Endpoint
-	39, // 36: dstm.lease.v1.SnapshotChunk.records:type_name -> dstm.lease.v1.Record
-	39, // 37: dstm.lease.v1.Batch.records:type_name -> dstm.lease.v1.Record
-	40, // 38: dstm.lease.v1.Record.bind:type_name -> dstm.lease.v1.Binding
-	41, // 39: dstm.lease.v1.Record.unbind:type_name -> dstm.lease.v1.Unbind
-	42, // 40: dstm.lease.v1.Record.pool:type_name -> dstm.lease.v1.PoolRecord
-	3,  // 41: dstm.lease.v1.Binding.res:type_name -> dstm.lease.v1.Resource
-	3,  // 42: dstm.lease.v1.Unbind.res:type_name -> dstm.lease.v1.Resource
-	3,  // 43: dstm.lease.v1.LeaseInfo.res:type_name -> dstm.lease.v1.Resource
-	47, // 44: dstm.lease.v1.WhoReply.holdings:type_name -> dstm.lease.v1.Holding
-	3,  // 45: dstm.lease.v1.Holding.res:type_name -> dstm.lease.v1.Resource
-	2,  // 46: dstm.lease.v1.Holding.end:type_name -> dstm.lease.v1.Reason
-	49, // 47: dstm.lease.v1.PoolsReply.pools:type_name -> dstm.lease.v1.PoolInfo
-	52, // 48: dstm.lease.v1.TepsReply.teps:type_name -> dstm.lease.v1.TepInfo
-	3,  // 49: dstm.lease.v1.RevokeRequest.res:type_name -> dstm.lease.v1.Resource
-	5,  // 50: dstm.lease.v1.Hosts.Attend:input_type -> dstm.lease.v1.AttendUp
-	14, // 51: dstm.lease.v1.Hosts.Bind:input_type -> dstm.lease.v1.BindRequest
-	16, // 52: dstm.lease.v1.Hosts.Renew:input_type -> dstm.lease.v1.RenewRequest
-	17, // 53: dstm.lease.v1.Hosts.Release:input_type -> dstm.lease.v1.ReleaseRequest
-	20, // 54: dstm.lease.v1.Resolvers.WatchHosts:input_type -> dstm.lease.v1.WatchRequest
-	24, // 55: dstm.lease.v1.Resolvers.Hint:input_type -> dstm.lease.v1.HintRequest
-	26, // 56: dstm.lease.v1.Teps.Sync:input_type -> dstm.lease.v1.SyncUp
-	35, // 57: dstm.lease.v1.Gateways.Question:input_type -> dstm.lease.v1.QuestionRequest
-	43, // 58: dstm.lease.v1.Operators.ListLeases:input_type -> dstm.lease.v1.ListRequest
-	45, // 59: dstm.lease.v1.Operators.Who:input_type -> dstm.lease.v1.WhoRequest
-	48, // 60: dstm.lease.v1.Operators.Pools:input_type -> dstm.lease.v1.PoolsRequest
-	51, // 61: dstm.lease.v1.Operators.ListTeps:input_type -> dstm.lease.v1.TepsRequest
-	58, // 62: dstm.lease.v1.Operators.Revoke:input_type -> dstm.lease.v1.RevokeRequest
-	53, // 63: dstm.lease.v1.Operators.FenceTep:input_type -> dstm.lease.v1.FenceTepRequest
-	55, // 64: dstm.lease.v1.Operators.RemoveTep:input_type -> dstm.lease.v1.RemoveTepRequest
-	9,  // 65: dstm.lease.v1.Hosts.Attend:output_type -> dstm.lease.v1.AttendDown
-	15, // 66: dstm.lease.v1.Hosts.Bind:output_type -> dstm.lease.v1.Lease
-	15, // 67: dstm.lease.v1.Hosts.Renew:output_type -> dstm.lease.v1.Lease
-	18, // 68: dstm.lease.v1.Hosts.Release:output_type -> dstm.lease.v1.ReleaseReply
-	21, // 69: dstm.lease.v1.Resolvers.WatchHosts:output_type -> dstm.lease.v1.HostEvent
-	25, // 70: dstm.lease.v1.Resolvers.Hint:output_type -> dstm.lease.v1.HintReply
-	31, // 71: dstm.lease.v1.Teps.Sync:output_type -> dstm.lease.v1.SyncDown
-	36, // 72: dstm.lease.v1.Gateways.Question:output_type -> dstm.lease.v1.QuestionReply
-	44, // 73: dstm.lease.v1.Operators.ListLeases:output_type -> dstm.lease.v1.LeaseInfo
-	46, // 74: dstm.lease.v1.Operators.Who:output_type -> dstm.lease.v1.WhoReply
-	50, // 75: dstm.lease.v1.Operators.Pools:output_type -> dstm.lease.v1.PoolsReply
-	57, // 76: dstm.lease.v1.Operators.ListTeps:output_type -> dstm.lease.v1.TepsReply
-	59, // 77: dstm.lease.v1.Operators.Revoke:output_type -> dstm.lease.v1.RevokeReply
-	54, // 78: dstm.lease.v1.Operators.FenceTep:output_type -> dstm.lease.v1.FenceTepReply
-	56, // 79: dstm.lease.v1.Operators.RemoveTep:output_type -> dstm.lease.v1.RemoveTepReply
-	65, // [65:80] is the sub-list for method output_type
-	50, // [50:65] is the sub-list for method input_type
-	50, // [50:50] is the sub-list for extension type_name
-	50, // [50:50] is the sub-list for extension extendee
-	0,  // [0:50] is the sub-list for field type_name
+	31, // 28: dstm.lease.v1.SyncUp.table:type_name -> dstm.lease.v1.TableChunk
+	35, // 29: dstm.lease.v1.TepHello.question:type_name -> dstm.lease.v1.Endpoint
+	30, // 30: dstm.lease.v1.Ack.nacks:type_name -> dstm.lease.v1.Nack
+	3,  // 31: dstm.lease.v1.Nack.res:type_name -> dstm.lease.v1.Resource
+	42, // 32: dstm.lease.v1.TableChunk.held:type_name -> dstm.lease.v1.Binding
+	34, // 33: dstm.lease.v1.SyncDown.session:type_name -> dstm.lease.v1.SessionReply
+	39, // 34: dstm.lease.v1.SyncDown.snapshot:type_name -> dstm.lease.v1.SnapshotChunk
+	40, // 35: dstm.lease.v1.SyncDown.batch:type_name -> dstm.lease.v1.Batch
+	33, // 36: dstm.lease.v1.SyncDown.upload:type_name -> dstm.lease.v1.UploadTable
+	36, // 37: dstm.lease.v1.SessionReply.others:type_name -> dstm.lease.v1.Peer
+	35, // 38: dstm.lease.v1.Peer.question:type_name -> dstm.lease.v1.Endpoint
+	41, // 39: dstm.lease.v1.SnapshotChunk.records:type_name -> dstm.lease.v1.Record
+	41, // 40: dstm.lease.v1.Batch.records:type_name -> dstm.lease.v1.Record
+	42, // 41: dstm.lease.v1.Record.bind:type_name -> dstm.lease.v1.Binding
+	43, // 42: dstm.lease.v1.Record.unbind:type_name -> dstm.lease.v1.Unbind
+	44, // 43: dstm.lease.v1.Record.pool:type_name -> dstm.lease.v1.PoolRecord
+	3,  // 44: dstm.lease.v1.Binding.res:type_name -> dstm.lease.v1.Resource
+	3,  // 45: dstm.lease.v1.Unbind.res:type_name -> dstm.lease.v1.Resource
+	3,  // 46: dstm.lease.v1.LeaseInfo.res:type_name -> dstm.lease.v1.Resource
+	49, // 47: dstm.lease.v1.WhoReply.holdings:type_name -> dstm.lease.v1.Holding
+	3,  // 48: dstm.lease.v1.Holding.res:type_name -> dstm.lease.v1.Resource
+	2,  // 49: dstm.lease.v1.Holding.end:type_name -> dstm.lease.v1.Reason
+	51, // 50: dstm.lease.v1.PoolsReply.pools:type_name -> dstm.lease.v1.PoolInfo
+	54, // 51: dstm.lease.v1.TepsReply.teps:type_name -> dstm.lease.v1.TepInfo
+	3,  // 52: dstm.lease.v1.RevokeRequest.res:type_name -> dstm.lease.v1.Resource
+	5,  // 53: dstm.lease.v1.Hosts.Attend:input_type -> dstm.lease.v1.AttendUp
+	14, // 54: dstm.lease.v1.Hosts.Bind:input_type -> dstm.lease.v1.BindRequest
+	16, // 55: dstm.lease.v1.Hosts.Renew:input_type -> dstm.lease.v1.RenewRequest
+	17, // 56: dstm.lease.v1.Hosts.Release:input_type -> dstm.lease.v1.ReleaseRequest
+	20, // 57: dstm.lease.v1.Resolvers.WatchHosts:input_type -> dstm.lease.v1.WatchRequest
+	24, // 58: dstm.lease.v1.Resolvers.Hint:input_type -> dstm.lease.v1.HintRequest
+	26, // 59: dstm.lease.v1.Teps.Sync:input_type -> dstm.lease.v1.SyncUp
+	37, // 60: dstm.lease.v1.Gateways.Question:input_type -> dstm.lease.v1.QuestionRequest
+	45, // 61: dstm.lease.v1.Operators.ListLeases:input_type -> dstm.lease.v1.ListRequest
+	47, // 62: dstm.lease.v1.Operators.Who:input_type -> dstm.lease.v1.WhoRequest
+	50, // 63: dstm.lease.v1.Operators.Pools:input_type -> dstm.lease.v1.PoolsRequest
+	53, // 64: dstm.lease.v1.Operators.ListTeps:input_type -> dstm.lease.v1.TepsRequest
+	60, // 65: dstm.lease.v1.Operators.Revoke:input_type -> dstm.lease.v1.RevokeRequest
+	55, // 66: dstm.lease.v1.Operators.FenceTep:input_type -> dstm.lease.v1.FenceTepRequest
+	57, // 67: dstm.lease.v1.Operators.RemoveTep:input_type -> dstm.lease.v1.RemoveTepRequest
+	9,  // 68: dstm.lease.v1.Hosts.Attend:output_type -> dstm.lease.v1.AttendDown
+	15, // 69: dstm.lease.v1.Hosts.Bind:output_type -> dstm.lease.v1.Lease
+	15, // 70: dstm.lease.v1.Hosts.Renew:output_type -> dstm.lease.v1.Lease
+	18, // 71: dstm.lease.v1.Hosts.Release:output_type -> dstm.lease.v1.ReleaseReply
+	21, // 72: dstm.lease.v1.Resolvers.WatchHosts:output_type -> dstm.lease.v1.HostEvent
+	25, // 73: dstm.lease.v1.Resolvers.Hint:output_type -> dstm.lease.v1.HintReply
+	32, // 74: dstm.lease.v1.Teps.Sync:output_type -> dstm.lease.v1.SyncDown
+	38, // 75: dstm.lease.v1.Gateways.Question:output_type -> dstm.lease.v1.QuestionReply
+	46, // 76: dstm.lease.v1.Operators.ListLeases:output_type -> dstm.lease.v1.LeaseInfo
+	48, // 77: dstm.lease.v1.Operators.Who:output_type -> dstm.lease.v1.WhoReply
+	52, // 78: dstm.lease.v1.Operators.Pools:output_type -> dstm.lease.v1.PoolsReply
+	59, // 79: dstm.lease.v1.Operators.ListTeps:output_type -> dstm.lease.v1.TepsReply
+	61, // 80: dstm.lease.v1.Operators.Revoke:output_type -> dstm.lease.v1.RevokeReply
+	56, // 81: dstm.lease.v1.Operators.FenceTep:output_type -> dstm.lease.v1.FenceTepReply
+	58, // 82: dstm.lease.v1.Operators.RemoveTep:output_type -> dstm.lease.v1.RemoveTepReply
+	68, // [68:83] is the sub-list for method output_type
+	53, // [53:68] is the sub-list for method input_type
+	53, // [53:53] is the sub-list for extension type_name
+	53, // [53:53] is the sub-list for extension extendee
+	0,  // [0:53] is the sub-list for field type_name
 }
 
 func init() { file_dstm_lease_v1_lease_proto_init() }
@@ -4530,13 +4665,15 @@ func file_dstm_lease_v1_lease_proto_init() {
 		(*SyncUp_Hello)(nil),
 		(*SyncUp_Beat)(nil),
 		(*SyncUp_Ack)(nil),
+		(*SyncUp_Table)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[28].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[29].OneofWrappers = []any{
 		(*SyncDown_Session)(nil),
 		(*SyncDown_Snapshot)(nil),
 		(*SyncDown_Batch)(nil),
+		(*SyncDown_Upload)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[36].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[38].OneofWrappers = []any{
 		(*Record_Bind)(nil),
 		(*Record_Unbind)(nil),
 		(*Record_Pool)(nil),
@@ -4547,7 +4684,7 @@ func file_dstm_lease_v1_lease_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dstm_lease_v1_lease_proto_rawDesc), len(file_dstm_lease_v1_lease_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   57,
+			NumMessages:   59,
 			NumExtensions: 0,
 			NumServices:   5,
 		},
