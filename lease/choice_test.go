@@ -79,6 +79,25 @@ func TestMove(t *testing.T) {
 	})
 }
 
+// TestMoveIdentity: where identities are addresses, a host that proves to have had another one takes its address along, and
+// whoever comes to the old identity later gets another.
+func TestMoveIdentity(t *testing.T) {
+	c, cell := core(t, config("198.51.100.0/29"), 0)
+	old := grant(t, c.Step(at(0), lease.Bind{Host: "addr:a", Source: srcA}))
+	if a := c.Step(at(1), lease.Bind{Host: "addr:b", Source: srcB, From: old.Ref}); a.Wait != 2 || len(a.Ended) != 1 {
+		t.Fatalf("%+v: want the old lease ended and a wait for its fence", a)
+	}
+	other := grant(t, c.Step(at(1), lease.Bind{Host: "addr:a", Source: srcA}))
+	c.Step(at(2), lease.FenceTo{Rev: 2})
+	got := grant(t, c.Step(at(2), lease.Bind{Host: "addr:b", Source: srcB, From: old.Ref}))
+	if got.Resource != old.Resource || got.Gen <= old.Gen || other.Resource == old.Resource {
+		t.Errorf("had %s, moved to %s; the next at the old place got %s", old.Ref, got.Ref, other.Ref)
+	}
+	if r, _ := cell.Where("addr:a"); r != other.Resource {
+		t.Errorf("the next at the old place has %s, want what it got: %s", r, other.Resource)
+	}
+}
+
 // TestFixed: an address of one identity is nobody else's.
 func TestFixed(t *testing.T) {
 	cfg := config("198.51.100.0/30")

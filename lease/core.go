@@ -166,9 +166,12 @@ type Event interface{ event() }
 // source renews: same address, same generation. From another source the old lease ends (MOVED) and a new one begins on the
 // same address, as soon as the old one is fenced: see Actions.Wait.
 type Bind struct {
-	Host    string     // identity
-	Source  netip.Addr // tunnel source, IPv6
-	Want    Resource   // preferred; zero = none
+	Host   string     // identity
+	Source netip.Addr // tunnel source, IPv6
+	// From, when set, is a lease that the host has proved to be its own, under whatever identity: it takes the address along.
+	// Identities that are addresses change with them.
+	From    Ref
+	Want    Resource // preferred; zero = none
 	Valid   time.Duration
 	MTU     uint16
 	Trigger Trigger

@@ -57,7 +57,7 @@ type entry struct {
 	prev, next int32
 	timer      int32         // position in the heap, -1 = none
 	at         time.Duration // when the state ends by itself
-	forHost    string        // RESERVED: for whom
+	forHost    string        // RESERVED: for whom; REVOKING and HOLD: who takes it along under another identity
 	fixed      string        // only this host may have it
 	excluded   bool
 	cut        bool  // an address that is leased by port sets, in no list itself

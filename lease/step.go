@@ -35,6 +35,9 @@ func (c *Core) bind(now Now, ev Bind) {
 		c.takeOver(now, i, ev)
 		return
 	}
+	if ev.From.Gen != 0 && !c.takeAlong(now, ev) {
+		return
+	}
 	if r, ok := c.cell.Where(ev.Host); ok {
 		i, here := c.index(r)
 		if !here { // the service asks the core that holds the lease; one lease per identity
@@ -65,7 +68,7 @@ func (c *Core) bind(now Now, ev Bind) {
 	case !ok:
 		c.out.Deny = ReasonPoolDry
 		return
-	case c.cell.behind[ev.Host] > maxBehind && c.entries[i].Host != ev.Host:
+	case c.cell.behind[ev.Host] > maxBehind && !c.entries[i].isOf(ev.Host):
 		c.out.Deny = ReasonQuota
 		return
 	}
@@ -87,6 +90,28 @@ func (c *Core) takeOver(now Now, i int32, ev Bind) {
 	c.grant(now, i, ev)
 }
 
+// takeAlong ends the lease that a host had under another identity and keeps its address for it; false when the event is
+// answered with a refusal.
+func (c *Core) takeAlong(now Now, ev Bind) bool {
+	i, ok := c.index(ev.From.Resource)
+	if !ok || c.entries[i].State != Bound || c.entries[i].Gen != ev.From.Gen || c.entries[i].Host == ev.Host {
+		return true // it has ended, or is under this identity
+	}
+	e := &c.entries[i]
+	if c.cell.behind[e.Host] >= maxBehind || net64(e.Source) != net64(ev.Source) && c.cell.full(ev.Source) {
+		c.out.Deny = ReasonQuota
+		return false
+	}
+	c.end(now, i, ReasonMoved)
+	e.forHost = ev.Host
+	delete(c.previous, e.Host)
+	c.previous[ev.Host] = i
+	return true
+}
+
+// isOf reports whether an address that no lease holds is a host's to come back to.
+func (e *entry) isOf(host string) bool { return e.Host == host || e.forHost == host }
+
 // fencing returns the revoke that the host's own address still waits for, when the host should rather have that one than
 // another: it moved, or asks for it.
 func (c *Core) fencing(ev Bind) (Rev, bool) {
@@ -95,7 +120,7 @@ func (c *Core) fencing(ev Bind) (Rev, bool) {
 		return 0, false
 	}
 	e := &c.entries[i]
-	mine := e.State == Revoking && e.Host == ev.Host && !e.excluded && (e.fixed == "" || e.fixed == ev.Host) &&
+	mine := e.State == Revoking && e.isOf(ev.Host) && !e.excluded && (e.fixed == "" || e.fixed == ev.Host) &&
 		(e.PSIDLen == 0 || ev.PortSet)
 	return e.RevokeRev, mine && (e.End == ReasonMoved || ev.Want == e.Resource)
 }
@@ -106,7 +131,7 @@ func (c *Core) choose(ev Bind) (int32, bool) {
 	if i, ok := c.fixed[ev.Host]; ok && c.takeable(i, ev) {
 		return i, true
 	}
-	if i, ok := c.previous[ev.Host]; ok && c.entries[i].Host == ev.Host && c.takeable(i, ev) {
+	if i, ok := c.previous[ev.Host]; ok && c.entries[i].isOf(ev.Host) && c.takeable(i, ev) {
 		return i, true
 	}
 	if i, ok := c.reserved[ev.Host]; ok {
@@ -149,7 +174,7 @@ func (c *Core) takeable(i int32, ev Bind) bool {
 	case e.State == Free:
 		return true
 	case e.State == Hold:
-		return e.Host == ev.Host
+		return e.isOf(ev.Host)
 	}
 	return e.State == Reserved && e.forHost == ev.Host
 }
@@ -172,9 +197,12 @@ func (c *Core) grant(now Now, i int32, ev Bind) {
 func (c *Core) hold(now Now, i int32, ev Bind, tep netip.Addr, valid time.Duration) {
 	e := &c.entries[i]
 	c.pull(i)
-	if e.Host != "" && e.Host != ev.Host && c.previous[e.Host] == i {
-		delete(c.previous, e.Host)
+	for _, host := range []string{e.Host, e.forHost} {
+		if at, ok := c.previous[host]; ok && at == i && host != ev.Host {
+			delete(c.previous, host)
+		}
 	}
+	e.forHost = ""
 	rev := c.cell.NextRev()
 	e.Address = Address{
 		Resource: e.Resource, Gen: c.rules.newGen(c.cell, rev), Rev: rev,
