@@ -82,22 +82,9 @@ func (l Load) step(c int, b float64) float64 {
 // offered is the load of a source while it holds nothing: mean time of holding over mean time between.
 func (l Load) offered() float64 { return l.Busy / (1 - l.Busy) }
 
-// MaxPSIDLen is the largest psidLen of Addresses and Ports: ports 0 to 1023 belong to nobody, which leaves 10
-// bits for the port set (RFC 7597 section 5.1 with an offset of 6 bits).
-const MaxPSIDLen = 10
-
 // Addresses returns how many IPv4 addresses hold that many leases when 2^psidLen hosts share one by port sets; 0 =
 // whole addresses. Any free port set serves any host.
 func Addresses(leases, psidLen int) int { return (leases + 1<<psidLen - 1) >> psidLen }
-
-// Ports returns how many ports a host has when 2^psidLen share an address: all 65,536 of a whole one, else an even part of
-// those from 1024 on.
-func Ports(psidLen int) int {
-	if psidLen == 0 {
-		return 1 << 16
-	}
-	return (1<<16 - 1<<10) >> psidLen
-}
 
 // PrefixBits returns the length of the longest IPv4 prefix with room for that many addresses.
 func PrefixBits(addresses int) int {
