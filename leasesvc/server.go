@@ -42,6 +42,7 @@ type Server struct {
 	wall    time.Time  // newest wall time handed out
 	cell    *lease.Cell
 	cores   []*lease.Core // in the order of the configuration
+	usage   map[*lease.Core]*usage
 	fence   *lease.FenceSet
 	answers *lease.Answers[*answer]
 	pending *store.Pending // of the newest transaction
@@ -69,6 +70,7 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	s := &Server{
 		cfg: cfg, d: d, m: newMetrics(d.Registry), start: time.Now(), acked: newSignal(), wake: make(chan struct{}, 1),
 		fatal: make(chan error, 1), resync: map[string]bool{}, checked: map[string]time.Duration{}, caps: map[string][]string{},
+		usage: map[*lease.Core]*usage{},
 		answers: lease.NewAnswers[*answer](2 * cfg.Timers.MaxValid), pending: store.Done(nil),
 	}
 	s.hosts.init()
@@ -127,7 +129,9 @@ func (s *Server) loadCores(ctx context.Context, now lease.Now) error {
 		return err
 	}
 	for _, l := range loaders {
-		s.cores = append(s.cores, l.Core(now))
+		c := l.Core(now)
+		s.cores = append(s.cores, c)
+		s.usage[c] = newUsage(now.Mono, c.Stats())
 	}
 	return nil
 }
@@ -169,6 +173,7 @@ func (s *Server) now() lease.Now {
 // step runs an event on a core and queues what must become durable. The caller holds mu.
 func (s *Server) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Actions, *store.Pending) {
 	acts := c.Step(now, ev)
+	s.usage[c].note(now.Mono, c.Stats(), acts)
 	if len(acts.Commits) == 0 {
 		return acts, s.pending
 	}

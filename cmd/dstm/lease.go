@@ -168,31 +168,6 @@ func atText(at time.Time) string {
 	return " at " + instant(at)
 }
 
-func (a *app) poolCommand() *cobra.Command {
-	ls := a.remote(&cobra.Command{Use: "ls", Short: "List the pools and how full they are", Args: noArgs},
-		func(ctx context.Context, op operator, _ []string) error {
-			infos, err := op.Pools(ctx)
-			if err != nil {
-				return err
-			}
-			ps := views(infos, viewPool)
-			if a.json {
-				return a.printJSON("dstm.pool/1", struct {
-					Pools []poolView `json:"pools"`
-				}{ps})
-			}
-			rows := make([][]string, 0, len(ps))
-			for _, p := range ps {
-				rows = append(rows, []string{
-					p.Name, p.Prefix, p.TEP, fmt.Sprint(p.Size), fmt.Sprint(p.Bound), fmt.Sprint(p.Revoking),
-					fmt.Sprint(p.HeldDown), fmt.Sprint(p.Free),
-				})
-			}
-			return table(a.out, []string{"NAME", "PREFIX", "TEP", "SIZE", "BOUND", "REVOKING", "HELD DOWN", "FREE"}, rows)
-		})
-	return group("pool", "Look at pools", ls)
-}
-
 func yesNo(b bool) string {
 	if b {
 		return "yes"

@@ -63,8 +63,7 @@ func (f *fake) Who(_ context.Context, _ netip.Addr, _ uint16, at time.Time) ([]l
 }
 
 func (f *fake) Pools(context.Context) ([]leaseclient.PoolInfo, error) {
-	p := lease.Pool{Name: "main", Prefix: netip.MustParsePrefix("198.51.100.0/24"), TEP: netip.MustParseAddr("2001:db8:a::1")}
-	return []leaseclient.PoolInfo{{Pool: p, Size: 254, Bound: 2, Revoking: 1, HeldDown: 3, Free: 248}}, f.err
+	return pools(), f.err
 }
 
 func (f *fake) TEPs(context.Context) ([]leaseclient.TEPInfo, error) {
@@ -143,6 +142,8 @@ func TestRemote(t *testing.T) {
 		{"lease-revoke", "dstm.revoke/1", []string{"lease", "revoke", "198.51.100.1", "--gen", "1.42"}},
 		{"who", "dstm.who/1", []string{"who", "198.51.100.1:443"}},
 		{"pool-ls", "dstm.pool/1", []string{"pool", "ls"}},
+		{"pool-advise", "dstm.advice/1", []string{"pool", "advise", "--hosts", "100000", "--use", "60s/1h", "--tail", "2m", "--port-sets", "4"}},
+		{"pool-measured", "dstm.advice/1", []string{"pool", "advise", "--measured", "busy", "--hosts", "1000"}},
 		{"tep-ls", "dstm.tep/1", []string{"tep", "ls"}},
 		{"tep-fence", "dstm.tep/1", []string{"tep", "fence", "tep2", "--is-off"}},
 		{"tep-remove", "dstm.tep/1", []string{"tep", "remove", "tep2"}},

@@ -31,16 +31,6 @@ type (
 		Fenced  time.Time `json:"fenced,omitzero"`
 		End     string    `json:"end,omitempty"`
 	}
-	poolView struct {
-		Name     string `json:"name"`
-		Prefix   string `json:"prefix"`
-		TEP      string `json:"tep"`
-		Size     uint32 `json:"size"`
-		Bound    uint32 `json:"bound"`
-		Revoking uint32 `json:"revoking"`
-		HeldDown uint32 `json:"held_down"`
-		Free     uint32 `json:"free"`
-	}
 	tepView struct {
 		ID         string `json:"id"`
 		Connected  bool   `json:"connected"`
@@ -69,13 +59,6 @@ func viewHolding(h leaseclient.Holding) holdingView {
 		v.End = h.End.String()
 	}
 	return v
-}
-
-func viewPool(p leaseclient.PoolInfo) poolView {
-	return poolView{
-		Name: p.Name, Prefix: p.Prefix.String(), TEP: addrText(p.TEP), Size: p.Size, Bound: p.Bound, Revoking: p.Revoking,
-		HeldDown: p.HeldDown, Free: p.Free,
-	}
 }
 
 func viewTEP(t leaseclient.TEPInfo) tepView {

@@ -95,10 +95,17 @@ func (c *Conn) Who(ctx context.Context, addr netip.Addr, port uint16, at time.Ti
 	return out, nil
 }
 
-// PoolInfo is one pool with its counts of addresses.
+// PoolInfo is one pool with its counts of addresses. An address is taken while it is neither free nor reserved.
 type PoolInfo struct {
 	lease.Pool
 	Size, Bound, Revoking, HeldDown, Free uint32
+
+	Peak, PeakDay uint32        // most addresses taken at once: since the service started, in the last 24 h
+	Window        time.Duration // the last hour, or since the service started: what Binds, Ends and Mean are of
+	Binds, Ends   uint64        // leases that began and ended
+	Mean          float64       // addresses taken on average
+	Dry           time.Duration // until no address is free at the trend of the last ten minutes; 0 = there is no such trend
+	Hosts         uint32        // that have a live Attend stream, the same for every pool
 }
 
 // Pools lists the pools.
@@ -118,6 +125,8 @@ func (c *Conn) Pools(ctx context.Context) ([]PoolInfo, error) {
 		out = append(out, PoolInfo{
 			Pool: lease.Pool{Name: p.GetName(), Prefix: pfx, TEP: addr6(p.GetTep())},
 			Size: p.GetSize(), Bound: p.GetBound(), Revoking: p.GetRevoking(), HeldDown: p.GetHeldDown(), Free: p.GetFree(),
+			Peak: p.GetPeak(), PeakDay: p.GetPeakDay(), Window: wire.Duration(p.GetWindowMs()), Binds: p.GetBinds(), Ends: p.GetEnds(),
+			Mean: float64(p.GetTakenMs()) / float64(max(1, p.GetWindowMs())), Dry: wire.Duration(p.GetDryMs()), Hosts: rep.GetHosts(),
 		})
 	}
 	return out, nil

@@ -3646,6 +3646,13 @@ type PoolInfo struct {
 	Revoking      uint32                 `protobuf:"varint,7,opt,name=revoking,proto3" json:"revoking,omitempty"`
 	HeldDown      uint32                 `protobuf:"varint,8,opt,name=held_down,json=heldDown,proto3" json:"held_down,omitempty"`
 	Free          uint32                 `protobuf:"varint,9,opt,name=free,proto3" json:"free,omitempty"`
+	Peak          uint32                 `protobuf:"varint,10,opt,name=peak,proto3" json:"peak,omitempty"`                         // most addresses at once that were neither free nor reserved, since the service started
+	PeakDay       uint32                 `protobuf:"varint,11,opt,name=peak_day,json=peakDay,proto3" json:"peak_day,omitempty"`    // and in the last 24 h
+	WindowMs      uint32                 `protobuf:"varint,12,opt,name=window_ms,json=windowMs,proto3" json:"window_ms,omitempty"` // the last hour, or since the service started: what the next three are of
+	Binds         uint64                 `protobuf:"varint,13,opt,name=binds,proto3" json:"binds,omitempty"`                       // leases that began
+	Ends          uint64                 `protobuf:"varint,14,opt,name=ends,proto3" json:"ends,omitempty"`                         // leases that ended
+	TakenMs       uint64                 `protobuf:"varint,15,opt,name=taken_ms,json=takenMs,proto3" json:"taken_ms,omitempty"`    // sum of the times for which addresses were neither free nor reserved
+	DryMs         uint32                 `protobuf:"varint,16,opt,name=dry_ms,json=dryMs,proto3" json:"dry_ms,omitempty"`          // until no address is free at the trend of the last ten minutes; 0 = no such trend
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3743,9 +3750,59 @@ func (x *PoolInfo) GetFree() uint32 {
 	return 0
 }
 
+func (x *PoolInfo) GetPeak() uint32 {
+	if x != nil {
+		return x.Peak
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetPeakDay() uint32 {
+	if x != nil {
+		return x.PeakDay
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetWindowMs() uint32 {
+	if x != nil {
+		return x.WindowMs
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetBinds() uint64 {
+	if x != nil {
+		return x.Binds
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetEnds() uint64 {
+	if x != nil {
+		return x.Ends
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetTakenMs() uint64 {
+	if x != nil {
+		return x.TakenMs
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetDryMs() uint32 {
+	if x != nil {
+		return x.DryMs
+	}
+	return 0
+}
+
 type PoolsReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Pools         []*PoolInfo            `protobuf:"bytes,1,rep,name=pools,proto3" json:"pools,omitempty"`
+	Hosts         uint32                 `protobuf:"varint,2,opt,name=hosts,proto3" json:"hosts,omitempty"` // with a live Attend stream
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3785,6 +3842,13 @@ func (x *PoolsReply) GetPools() []*PoolInfo {
 		return x.Pools
 	}
 	return nil
+}
+
+func (x *PoolsReply) GetHosts() uint32 {
+	if x != nil {
+		return x.Hosts
+	}
+	return 0
 }
 
 type TepsRequest struct {
@@ -4471,7 +4535,7 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"unbound_ms\x18\x06 \x01(\x03R\tunboundMs\x12\x1b\n" +
 	"\tfenced_ms\x18\a \x01(\x03R\bfencedMs\x12'\n" +
 	"\x03end\x18\b \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x03end\"\x0e\n" +
-	"\fPoolsRequest\"\xd3\x01\n" +
+	"\fPoolsRequest\"\xfb\x02\n" +
 	"\bPoolInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06prefix\x18\x02 \x01(\aR\x06prefix\x12\x12\n" +
@@ -4481,10 +4545,19 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x05bound\x18\x06 \x01(\rR\x05bound\x12\x1a\n" +
 	"\brevoking\x18\a \x01(\rR\brevoking\x12\x1b\n" +
 	"\theld_down\x18\b \x01(\rR\bheldDown\x12\x12\n" +
-	"\x04free\x18\t \x01(\rR\x04free\";\n" +
+	"\x04free\x18\t \x01(\rR\x04free\x12\x12\n" +
+	"\x04peak\x18\n" +
+	" \x01(\rR\x04peak\x12\x19\n" +
+	"\bpeak_day\x18\v \x01(\rR\apeakDay\x12\x1b\n" +
+	"\twindow_ms\x18\f \x01(\rR\bwindowMs\x12\x14\n" +
+	"\x05binds\x18\r \x01(\x04R\x05binds\x12\x12\n" +
+	"\x04ends\x18\x0e \x01(\x04R\x04ends\x12\x19\n" +
+	"\btaken_ms\x18\x0f \x01(\x04R\atakenMs\x12\x15\n" +
+	"\x06dry_ms\x18\x10 \x01(\rR\x05dryMs\"Q\n" +
 	"\n" +
 	"PoolsReply\x12-\n" +
-	"\x05pools\x18\x01 \x03(\v2\x17.dstm.lease.v1.PoolInfoR\x05pools\"\r\n" +
+	"\x05pools\x18\x01 \x03(\v2\x17.dstm.lease.v1.PoolInfoR\x05pools\x12\x14\n" +
+	"\x05hosts\x18\x02 \x01(\rR\x05hosts\"\r\n" +
 	"\vTepsRequest\"\xe5\x01\n" +
 	"\aTepInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
