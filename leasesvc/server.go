@@ -70,7 +70,7 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	s := &Server{
 		cfg: cfg, d: d, m: newMetrics(d.Registry), start: time.Now(), acked: newSignal(), wake: make(chan struct{}, 1),
 		fatal: make(chan error, 1), resync: map[string]bool{}, checked: map[string]time.Duration{}, caps: map[string][]string{},
-		usage: map[*lease.Core]*usage{},
+		usage:   map[*lease.Core]*usage{},
 		answers: lease.NewAnswers[*answer](2 * cfg.Timers.MaxValid), pending: store.Done(nil),
 	}
 	s.hosts.init()
