@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,6 +22,9 @@ import (
 	"github.com/hashicorp/go-plugin/runner"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
 )
 
 const (
@@ -43,6 +47,9 @@ type Child struct {
 	client *plugin.Client
 	conn   *grpc.ClientConn
 	run    *childRunner
+
+	mu    sync.Mutex
+	conns []*grpc.ClientConn // that go-plugin made; it forgets those that fail
 }
 
 // Conn is the connection to the plugin. Messages from it have at most 64 KiB.
@@ -58,9 +65,40 @@ func (c *Child) Done() <-chan struct{} { return c.run.ended }
 func (c *Child) End() string { return c.run.state.String() }
 
 // Close ends the process and waits for its end: SIGTERM first, and SIGKILL a second later.
-func (c *Child) Close() {
-	c.run.end(termTime)
+func (c *Child) Close() { c.close(termTime) }
+
+func (c *Child) close(grace time.Duration) {
+	c.closeConns() // or ServeChild would wait for go-plugin's own streams
+	if c.run != nil {
+		c.run.end(grace)
+	}
 	c.client.Kill() // frees what go-plugin holds; it would wait for a process that hangs
+	c.closeConns()
+}
+
+func (c *Child) closeConns() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, conn := range c.conns {
+		conn.Close()
+	}
+	c.conns = nil
+}
+
+// stream is a grpc.StreamClientInterceptor: policies are unary calls, so the streams are go-plugin's own. Its broker is not
+// wanted: it would keep whatever the process announces.
+func (c *Child) stream(
+	ctx context.Context, desc *grpc.StreamDesc, conn *grpc.ClientConn, method string, next grpc.Streamer, opts ...grpc.CallOption,
+) (grpc.ClientStream, error) {
+	c.mu.Lock()
+	if !slices.Contains(c.conns, conn) {
+		c.conns = append(c.conns, conn)
+	}
+	c.mu.Unlock()
+	if strings.HasPrefix(method, "/plugin.GRPCBroker/") {
+		return nil, status.Error(codes.Unimplemented, "no broker")
+	}
+	return next(ctx, desc, conn, method, opts...)
 }
 
 // StartChild starts the program as a process that ends with us. out gets what the process writes to its standard output and
@@ -83,6 +121,7 @@ func (c *Config) StartChild(ctx context.Context, out io.Writer) (*Child, error) 
 		UnixSocketConfig: &plugin.UnixSocketConfig{TempDir: c.Dir},
 		GRPCDialOptions: []grpc.DialOption{
 			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)), grpc.WithMaxHeaderListSize(maxMessage),
+			grpc.WithStreamInterceptor(child.stream),
 		},
 		RunnerFunc: func(_ hclog.Logger, spec *exec.Cmd, _ string) (runner.Runner, error) {
 			cmd := c.command(program)
@@ -97,22 +136,19 @@ func (c *Config) StartChild(ctx context.Context, out io.Writer) (*Child, error) 
 		},
 	}
 	child.client = c.newClient(cc)
-	err = child.connect(c, cc)
+	err = child.connect(ctx, c, cc)
 	if !stop() { // a kill is under way, or done
 		err = context.Cause(ctx)
 	}
 	if err != nil {
-		if child.run != nil {
-			child.run.end(0)
-		}
-		child.client.Kill()
+		child.close(0)
 		return nil, fmt.Errorf("start %s: %w", c.Program, err)
 	}
 	return child, nil
 }
 
-// connect starts the process and gets its connection.
-func (c *Child) connect(conf *Config, cc *plugin.ClientConfig) (err error) {
+// connect starts the process and waits until it answers.
+func (c *Child) connect(ctx context.Context, conf *Config, cc *plugin.ClientConfig) (err error) {
 	if _, err := c.client.Start(); err != nil {
 		return err
 	}
@@ -120,8 +156,16 @@ func (c *Child) connect(conf *Config, cc *plugin.ClientConfig) (err error) {
 		return errors.New("the plugin showed no certificate: want go-plugin with AutoMTLS")
 	}
 	cc.TLSConfig.MinVersion = tls.VersionTLS13
-	c.conn, err = conf.dispense(c.client)
-	return err
+	if c.conn, err = conf.dispense(c.client); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	health := grpc_health_v1.NewHealthClient(c.conn)
+	if _, err := health.Check(ctx, &grpc_health_v1.HealthCheckRequest{Service: plugin.GRPCServiceName}); err != nil {
+		return fmt.Errorf("the plugin does not answer: %w", err)
+	}
+	return nil
 }
 
 // emptyDir makes an empty directory for ourselves alone.

@@ -341,6 +341,7 @@ func TestBackOff(t *testing.T) {
 		e := w.engine(QuotasConfig{}, plugin("a", Closed))
 		time.Sleep(2 * time.Minute)
 		wait, want := firstRetry, []time.Duration{0}
+		w.mu.Lock()
 		for len(want) < len(w.starts["a"]) {
 			want = append(want, want[len(want)-1]+wait)
 			wait = min(2*wait, maxRetry)
@@ -349,7 +350,6 @@ func TestBackOff(t *testing.T) {
 			t.Errorf("started at %v, want %v", got, want)
 		}
 		// It starts at last, runs for a while and dies: the next comes soon.
-		w.mu.Lock()
 		delete(w.fail, "a")
 		w.answer["a"] = says(yes)
 		w.mu.Unlock()
