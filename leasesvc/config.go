@@ -9,6 +9,7 @@ import (
 	"github.com/dstm-project/dstm/internal/daemon"
 	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/lease"
+	"github.com/dstm-project/dstm/leasesvc/policy"
 )
 
 // Config is leasesvc.yaml; deploy/leasesvc.yaml explains every key.
@@ -23,6 +24,7 @@ type Config struct {
 	TEPs        []string         `yaml:"teps"`
 	Hosts       HostsConfig      `yaml:"hosts"`
 	Timers      TimersConfig     `yaml:"timers"`
+	Policy      policy.Config    `yaml:"policy"`
 	Admin       netip.AddrPort   `yaml:"admin"`
 	Log         daemon.LogConfig `yaml:"log"`
 }
@@ -97,6 +99,7 @@ func (c *Config) Defaults() {
 	c.Store.Type = "bolt"
 	c.Admin = netip.MustParseAddrPort("[::1]:9545")
 	c.Hosts.Identity, c.Hosts.Per64 = IdentityCertificate, 64
+	c.Policy.Defaults()
 }
 
 // LoadConfig reads and checks the file at path.
@@ -133,6 +136,11 @@ func (c *Config) check(r *config.Report) {
 	c.checkTEPs(r)
 	c.checkHosts(r)
 	c.checkTimers(r)
+	var pools []string
+	for _, p := range c.Pools {
+		pools = append(pools, p.Name)
+	}
+	c.Policy.Check(r, "$.policy", pools)
 	if err := daemon.CheckAdmin(c.Admin); err != nil {
 		r.Errorf("$.admin", "%v", err)
 	}
