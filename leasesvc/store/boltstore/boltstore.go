@@ -3,8 +3,6 @@ package boltstore
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -23,6 +21,7 @@ import (
 	storev1 "github.com/dstm-project/dstm/api/store/v1"
 	"github.com/dstm-project/dstm/lease"
 	"github.com/dstm-project/dstm/leasesvc/store"
+	"github.com/dstm-project/dstm/leasesvc/store/record"
 )
 
 // layout is the version of the buckets below; a file of another one is refused.
@@ -74,11 +73,6 @@ type item struct {
 	complete func(error)
 }
 
-func (it item) barrier() bool {
-	tx := it.tx
-	return len(tx.Commits)+len(tx.Pools)+len(tx.Members)+len(tx.Removed) == 0 && !tx.Recovered
-}
-
 var _ store.Store = (*Store)(nil)
 
 // Create makes a new, empty store with a new cluster id. It refuses to replace a file: write, fsync, rename, fsync of
@@ -119,10 +113,7 @@ func create(tmp string) error {
 				return err
 			}
 		}
-		id, secret := make([]byte, len(lease.ClusterID{})), make([]byte, len(store.State{}.Secret))
-		_, _ = rand.Read(id) // never fails, see crypto/rand
-		_, _ = rand.Read(secret)
-		return putProto(tx.Bucket(bucketMeta), keyMeta, &storev1.Meta{ClusterId: id, Secret: secret, Epoch: 1, Layout: layout})
+		return putProto(tx.Bucket(bucketMeta), keyMeta, record.NewMeta(layout))
 	})
 	return errors.Join(err, db.Close())
 }
@@ -168,16 +159,15 @@ func (s *Store) Load(context.Context) (store.State, error) {
 		if err := getProto(tx.Bucket(bucketMeta), keyMeta, &m); err != nil {
 			return err
 		}
-		st.Cluster, st.Secret, st.Epoch = lease.ClusterID(m.ClusterId), [32]byte(m.Secret), lease.Epoch(m.Epoch)
-		st.Last, st.Wall, st.Restored = lease.Rev(m.LastRev), fromNanos(m.LastWall), m.Restored
+		st = record.State(&m)
 		return errors.Join(
 			tx.Bucket(bucketMember).ForEach(func(k, v []byte) error {
-				m, err := decodeMember(k, v)
+				m, err := record.DecodeMember(k, v)
 				st.Members = append(st.Members, m)
 				return err
 			}),
 			tx.Bucket(bucketPool).ForEach(func(k, v []byte) error {
-				p, err := decodePool(k, v)
+				p, err := record.DecodePool(k, v)
 				st.Pools = append(st.Pools, p)
 				return err
 			}),
@@ -193,7 +183,7 @@ func (s *Store) Load(context.Context) (store.State, error) {
 func (s *Store) Addresses(ctx context.Context, yield func(lease.Address) error) error {
 	return s.db.View(func(tx *bbolt.Tx) error {
 		return tx.Bucket(bucketAddress).ForEach(func(k, v []byte) error {
-			a, err := decodeAddress(k, v)
+			a, err := record.DecodeAddress(k, v)
 			if err != nil {
 				return fmt.Errorf("store: %w", err)
 			}
@@ -215,7 +205,7 @@ func (s *Store) Commit(tx store.Tx) *store.Pending {
 	case s.failed != nil:
 		return store.Done(s.failed)
 	}
-	last, err := sequence(tx, s.queued)
+	last, err := tx.Follow(s.queued)
 	if err != nil {
 		return store.Done(err)
 	}
@@ -227,28 +217,6 @@ func (s *Store) Commit(tx store.Tx) *store.Pending {
 	default:
 	}
 	return p
-}
-
-// sequence checks that the revisions of tx follow on last and returns the new last.
-func sequence(tx store.Tx, last lease.Rev) (lease.Rev, error) {
-	next := func(r lease.Rev) error {
-		if r != last+1 {
-			return fmt.Errorf("%w: revision %d after %d", store.ErrOrder, r, last)
-		}
-		last = r
-		return nil
-	}
-	for _, c := range tx.Commits {
-		if err := next(c.Rev); err != nil {
-			return 0, err
-		}
-	}
-	for _, p := range tx.Pools {
-		if err := next(p.Rev); err != nil {
-			return 0, err
-		}
-	}
-	return last, nil
 }
 
 // write is the one writer.
@@ -287,7 +255,7 @@ func (s *Store) flush(group []item) {
 	}
 	for _, it := range group {
 		if err == nil {
-			s.ring.Publish(it.last, records(it.tx))
+			s.ring.Publish(it.last, it.tx.Records())
 		}
 		it.complete(err)
 	}
@@ -295,7 +263,7 @@ func (s *Store) flush(group []item) {
 
 // update writes a group. One of barriers alone has nothing to write: this process holds the file's lock, so it is the owner.
 func (s *Store) update(group []item) error {
-	if !slices.ContainsFunc(group, func(it item) bool { return !it.barrier() }) {
+	if !slices.ContainsFunc(group, func(it item) bool { return !it.tx.Barrier() }) {
 		return nil
 	}
 	return s.db.Update(func(tx *bbolt.Tx) error { return apply(tx, group) })
@@ -313,14 +281,6 @@ func (s *Store) fail(err error) {
 	s.failed = err
 }
 
-func records(tx store.Tx) []lease.Record {
-	out := make([]lease.Record, 0, len(tx.Commits)+len(tx.Pools))
-	for _, c := range tx.Commits {
-		out = append(out, c.Record)
-	}
-	return append(out, tx.Pools...)
-}
-
 // Watch implements store.Store.
 func (s *Store) Watch(after lease.Rev) store.Watcher { return s.ring.Watch(after) }
 
@@ -334,7 +294,7 @@ func (s *Store) History(ctx context.Context, addr netip.Addr, yield func(lease.A
 		prefix := addr.AsSlice()
 		c := tx.Bucket(bucketAudit).Cursor()
 		for k, v := c.Seek(prefix); k != nil && string(k[:4]) == string(prefix); k, v = c.Next() {
-			a, err := decodeAudit(k, v)
+			a, err := record.DecodeAudit(k, v)
 			if err != nil {
 				return err
 			}
@@ -343,7 +303,7 @@ func (s *Store) History(ctx context.Context, addr netip.Addr, yield func(lease.A
 				return err
 			}
 		}
-		sortNewestFirst(found)
+		record.SortNewestFirst(found)
 		for _, a := range found {
 			if !yield(a) {
 				return nil
@@ -397,25 +357,4 @@ func getProto(b *bbolt.Bucket, k []byte, m proto.Message) error {
 		return fmt.Errorf("record %q is missing", k)
 	}
 	return proto.Unmarshal(v, m)
-}
-
-// resourceKey is address, psid length, psid: 7 bytes, big endian, so that keys sort by address.
-func resourceKey(r lease.Resource) []byte {
-	k := append(make([]byte, 0, 15), r.Addr.AsSlice()...)
-	k = append(k, r.PSIDLen)
-	return binary.BigEndian.AppendUint16(k, r.PSID)
-}
-
-func decodeResource(k []byte) (lease.Resource, error) {
-	if len(k) < 7 {
-		return lease.Resource{}, fmt.Errorf("key of %d bytes: want 7 or more", len(k))
-	}
-	r := lease.Resource{Addr: netip.AddrFrom4([4]byte(k)), PSIDLen: k[4], PSID: binary.BigEndian.Uint16(k[5:])}
-	return r, r.Valid()
-}
-
-// duration reads milliseconds; what is longer than the configuration allows (7 days) is read as a year.
-func duration(ms uint64) time.Duration {
-	const year = 365 * 24 * time.Hour
-	return time.Duration(min(ms, uint64(year/time.Millisecond))) * time.Millisecond
 }

@@ -10,7 +10,6 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/dstm-project/dstm/lease"
 	"github.com/dstm-project/dstm/leasesvc/store"
@@ -152,36 +151,4 @@ func TestOpenRefusals(t *testing.T) {
 	if err := Create(good); err == nil || !strings.Contains(err.Error(), "it is not replaced") {
 		t.Errorf("create over a store: %v, want a refusal", err)
 	}
-}
-
-// TestAuditSize: N9 asks for at most 300 bytes a lease.
-func TestAuditSize(t *testing.T) {
-	a := lease.Audit{
-		Ref: lease.Ref{Resource: lease.Whole(netip.MustParseAddr("198.51.100.7")), Gen: lease.MakeGen(65535, lease.MaxRev)}, Host: strings.Repeat("h", 63),
-		Source: netip.MustParseAddr("2001:db8::1"), TEP: netip.MustParseAddr("2001:db8::2"), Trigger: 4, End: 13,
-	}
-	b, err := proto.Marshal(encodeAudit(a))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if n := len(b) + len(auditKey(a.Ref)); n > 300 {
-		t.Errorf("an audit record takes %d bytes, want at most 300", n)
-	}
-}
-
-func FuzzDecodeAddress(f *testing.F) {
-	b, err := proto.Marshal(encodeAddress(lease.Address{Host: "h"}))
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add([]byte{198, 51, 100, 1, 0, 0, 0}, b)
-	f.Fuzz(func(t *testing.T, k, v []byte) {
-		a, err := decodeAddress(k, v)
-		if err == nil && a.Resource.Valid() != nil {
-			t.Errorf("invalid resource %v without an error", a.Resource)
-		}
-		if _, err := decodeAudit(k, v); err == nil && len(k) != 15 {
-			t.Errorf("audit key of %d bytes taken", len(k))
-		}
-	})
 }

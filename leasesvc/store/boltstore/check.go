@@ -9,7 +9,7 @@ import (
 
 	storev1 "github.com/dstm-project/dstm/api/store/v1"
 	"github.com/dstm-project/dstm/lease"
-	"github.com/dstm-project/dstm/leasesvc/store"
+	"github.com/dstm-project/dstm/leasesvc/store/record"
 )
 
 // openChecked opens a file after a look at all of it. On damage bbolt panics or reads past the end of its mapping, in
@@ -70,13 +70,13 @@ func walk(o Options) error {
 func decodes(bucket []byte) func(k, v []byte) error {
 	switch string(bucket) {
 	case string(bucketAddress):
-		return func(k, v []byte) error { _, err := decodeAddress(k, v); return err }
+		return func(k, v []byte) error { _, err := record.DecodeAddress(k, v); return err }
 	case string(bucketAudit):
-		return func(k, v []byte) error { _, err := decodeAudit(k, v); return err }
+		return func(k, v []byte) error { _, err := record.DecodeAudit(k, v); return err }
 	case string(bucketMember):
-		return func(k, v []byte) error { _, err := decodeMember(k, v); return err }
+		return func(k, v []byte) error { _, err := record.DecodeMember(k, v); return err }
 	case string(bucketPool):
-		return func(k, v []byte) error { _, err := decodePool(k, v); return err }
+		return func(k, v []byte) error { _, err := record.DecodePool(k, v); return err }
 	}
 	return func([]byte, []byte) error { return nil }
 }
@@ -95,17 +95,8 @@ func check(db *bbolt.DB) (last lease.Rev, err error) {
 		if err := getProto(tx.Bucket(bucketMeta), keyMeta, &m); err != nil {
 			return err
 		}
-		if m.Layout != layout {
-			return fmt.Errorf("layout %d: this version reads layout %d", m.Layout, layout)
-		}
-		if len(m.ClusterId) != len(lease.ClusterID{}) {
-			return fmt.Errorf("cluster id of %d bytes", len(m.ClusterId))
-		}
-		if n := len(store.State{}.Secret); len(m.Secret) != n {
-			return fmt.Errorf("secret of %d bytes: want %d", len(m.Secret), n)
-		}
 		last = lease.Rev(m.LastRev)
-		return nil
+		return record.CheckMeta(&m, layout)
 	})
 	return last, err
 }
