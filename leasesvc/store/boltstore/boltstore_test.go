@@ -90,6 +90,21 @@ func TestSnapshotIsAStore(t *testing.T) {
 	}
 }
 
+// used returns the bytes of a file that bbolt uses.
+func used(t *testing.T, path string) int {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	m, err := checkPages(f, func(string, []byte, []byte) error { return nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return int(m.pages) * m.pageSize
+}
+
 func TestOpenRefusals(t *testing.T) {
 	dir := t.TempDir()
 	good := filepath.Join(dir, "good.db")
@@ -125,7 +140,7 @@ func TestOpenRefusals(t *testing.T) {
 		{"missing", filepath.Join(dir, "none.db"), "does not exist: create one with"},
 		{"empty", write("empty.db", nil), "is empty: restore a copy"},
 		{"not a store", write("text.db", []byte(strings.Repeat("not a database\n", 1000))), "is damaged"},
-		{"cut", write("cut.db", whole[:len(whole)/3]), "is damaged"},
+		{"cut", write("cut.db", whole[:used(t, good)/3]), "is damaged"},
 		{"scribbled", write("scribbled.db", scribbled), "is damaged"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -134,7 +149,7 @@ func TestOpenRefusals(t *testing.T) {
 			}
 		})
 	}
-	if locked == nil || !strings.Contains(locked.Error(), "is locked by another process") {
+	if locked == nil || !strings.Contains(locked.Error(), "locked by another process") {
 		t.Errorf("second open: %v, want it to say that the store is locked", locked)
 	}
 	if err := Create(good); err == nil || !strings.Contains(err.Error(), "it is not replaced") {
