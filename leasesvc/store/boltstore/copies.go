@@ -106,8 +106,8 @@ func (c *Copies) Make(ctx context.Context) (string, error) {
 	now := time.Now()
 	path := filepath.Join(c.Dir, copyName(now))
 	err := writeFile(path, func(w io.Writer) error { return c.Store.Snapshot(ctx, w) }, func(tmp string) error {
-		rep, err := Check(tmp, func(store.AuditEvent) error { return ctx.Err() })
-		return errors.Join(append(rep.Problems, err)...)
+		r, err := Check(tmp, func(store.AuditEvent) error { return ctx.Err() })
+		return errors.Join(append(r.Problems, err)...)
 	})
 	if err != nil {
 		return "", err
@@ -148,18 +148,25 @@ func list(dir string) ([]string, error) {
 	return out, nil
 }
 
+// Receive writes a store file that comes from elsewhere and checks it. The file is replaced only when what came is whole.
+func Receive(path string, write func(io.Writer) error) (r Report, err error) {
+	err = writeFile(path, write, func(tmp string) error {
+		r, err = Check(tmp, nil)
+		return errors.Join(append(r.Problems, err)...)
+	})
+	if err != nil {
+		return r, fmt.Errorf("%s: %w", path, err)
+	}
+	return r, nil
+}
+
 // writeFile makes a file that is either whole, checked and on the disk, or not there under its name.
-func writeFile(path string, write func(io.Writer) error, check func(tmp string) error) (err error) {
+func writeFile(path string, write func(io.Writer) error, check func(tmp string) error) error {
 	tmp := path + tmpSuffix
 	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(tmp))
-		}
-	}()
 	err = errors.Join(write(f), f.Sync(), f.Close())
 	if err == nil {
 		err = check(tmp)
@@ -168,7 +175,7 @@ func writeFile(path string, write func(io.Writer) error, check func(tmp string) 
 		err = os.Rename(tmp, path)
 	}
 	if err != nil {
-		return err
+		return errors.Join(err, os.Remove(tmp))
 	}
 	return syncDir(filepath.Dir(path))
 }
