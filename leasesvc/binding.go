@@ -55,6 +55,9 @@ func (a hostsAPI) Bind(ctx context.Context, m *leasev1.BindRequest) (*leasev1.Le
 			return nil, invalid(err)
 		}
 	}
+	if ev.From, err = a.s.held(c, m.GetHeld()); err != nil {
+		return nil, err
+	}
 	a.s.hostSpoke(ev.Host)
 	if err := a.s.checkSource(c, source); err != nil {
 		return nil, err
@@ -65,7 +68,7 @@ func (a hostsAPI) Bind(ctx context.Context, m *leasev1.BindRequest) (*leasev1.Le
 		ev.Hurry = !a.s.awaitFence(ctx, ans.wait)
 		ans = a.s.bind(id, ev)
 	}
-	return a.s.answered(ctx, ans, "bind")
+	return a.s.answered(ctx, c, ans, "bind")
 }
 
 // Renew implements the Hosts service.
@@ -93,8 +96,12 @@ func (a hostsAPI) Renew(ctx context.Context, m *leasev1.RenewRequest) (*leasev1.
 	if err := a.s.checkSource(c, source); err != nil {
 		return nil, err
 	}
-	ev := lease.Renew{Host: c.id.Name, Ref: ref, Source: source, Valid: wire.Duration(m.GetValidMs()), MTU: mtu}
-	return a.s.answered(ctx, a.s.renew(id, ev), "renew")
+	host, err := a.s.holder(c, ref, m.GetSecret())
+	if err != nil {
+		return nil, err
+	}
+	ev := lease.Renew{Host: host, Ref: ref, Source: source, Valid: wire.Duration(m.GetValidMs()), MTU: mtu}
+	return a.s.answered(ctx, c, a.s.renew(id, ev), "renew")
 }
 
 // Release implements the Hosts service.
@@ -108,13 +115,17 @@ func (a hostsAPI) Release(ctx context.Context, m *leasev1.ReleaseRequest) (*leas
 		return nil, invalid(err)
 	}
 	s := a.s
+	host, err := s.holder(c, ref, m.GetSecret())
+	if err != nil {
+		return nil, err
+	}
 	s.mu.Lock()
 	core := s.core(ref.Resource)
 	if core == nil { // of a pool that is gone: so is the lease
 		s.mu.Unlock()
 		return &leasev1.ReleaseReply{}, nil
 	}
-	acts, p := s.step(s.now(), core, lease.Release{Host: c.id.Name, Ref: ref, Reason: wire.Reason(m.GetReason())})
+	acts, p := s.step(s.now(), core, lease.Release{Host: host, Ref: ref, Reason: wire.Reason(m.GetReason())})
 	s.mu.Unlock()
 	if acts.Deny != lease.ReasonNone {
 		return nil, deny(acts.Deny, "lease %s is not of %s", ref, c.id.Name)
@@ -248,7 +259,7 @@ func (s *Server) settle(now lease.Now, id lease.RequestID, host string, ans *ans
 }
 
 // answered turns an answer into the reply: durable first, then, for a new lease, installed at the serving gateways.
-func (s *Server) answered(ctx context.Context, ans *answer, what string) (*leasev1.Lease, error) {
+func (s *Server) answered(ctx context.Context, c caller, ans *answer, what string) (*leasev1.Lease, error) {
 	if err := s.durable(ctx, ans.pending); err != nil {
 		return nil, undurable(err)
 	}
@@ -266,12 +277,16 @@ func (s *Server) answered(ctx context.Context, ans *answer, what string) (*lease
 	if spent >= g.Valid {
 		return nil, status.Error(codes.DeadlineExceeded, "the lease of this request id has run out")
 	}
-	return &leasev1.Lease{
+	out := &leasev1.Lease{
 		Res: wire.FromResource(g.Resource), Gen: uint64(g.Gen), Tep: wire.FromAddr6(g.TEP),
 		// The host counts from the sending of its request. What was spent since the event comes off, so that an answer
 		// that is given again promises no more than the first.
 		ValidMs: wire.FromDuration(g.Valid - spent), MtuMax: uint32(g.MTU), Installed: installed, Waiting: waiting,
-	}, nil
+	}
+	if c.byAddress {
+		out.Secret = s.proof(g.Host, g.Ref)
+	}
+	return out, nil
 }
 
 // awaitInstalled waits at most bind_wait for the serving gateways to hold a revision.

@@ -9,6 +9,7 @@ import (
 	"github.com/dstm-project/dstm/internal/daemon"
 	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/lease"
+	"github.com/dstm-project/dstm/leasesvc/policy"
 )
 
 // Config is leasesvc.yaml; deploy/leasesvc.yaml explains every key.
@@ -23,6 +24,7 @@ type Config struct {
 	TEPs        []string         `yaml:"teps"`
 	Hosts       HostsConfig      `yaml:"hosts"`
 	Timers      TimersConfig     `yaml:"timers"`
+	Policy      policy.Config    `yaml:"policy"`
 	Admin       netip.AddrPort   `yaml:"admin"`
 	Log         daemon.LogConfig `yaml:"log"`
 }
@@ -56,8 +58,18 @@ type PoolConfig struct {
 	PortSets uint8 `yaml:"port_sets"`
 }
 
+// Identity is how hosts are told apart.
+type Identity string
+
+// The identities.
+const (
+	IdentityCertificate Identity = "certificate" // by their certificate
+	IdentityAddress     Identity = "address"     // by the address they call from, in networks that enforce it
+)
+
 // HostsConfig says who may lease.
 type HostsConfig struct {
+	Identity Identity       `yaml:"identity"`
 	Prefixes []netip.Prefix `yaml:"prefixes"` // tunnel sources allowed
 	Same64   bool           `yaml:"same_64"`  // a source may differ from the caller's address inside its /64
 	Per64    int            `yaml:"per_64"`   // leases of one /64 together; 0 = no limit
@@ -86,7 +98,8 @@ func (c *Config) Defaults() {
 	}
 	c.Store.Type = "bolt"
 	c.Admin = netip.MustParseAddrPort("[::1]:9545")
-	c.Hosts.Per64 = 64
+	c.Hosts.Identity, c.Hosts.Per64 = IdentityCertificate, 64
+	c.Policy.Defaults()
 }
 
 // LoadConfig reads and checks the file at path.
@@ -123,6 +136,11 @@ func (c *Config) check(r *config.Report) {
 	c.checkTEPs(r)
 	c.checkHosts(r)
 	c.checkTimers(r)
+	var pools []string
+	for _, p := range c.Pools {
+		pools = append(pools, p.Name)
+	}
+	c.Policy.Check(r, "$.policy", pools)
 	if err := daemon.CheckAdmin(c.Admin); err != nil {
 		r.Errorf("$.admin", "%v", err)
 	}
@@ -216,6 +234,18 @@ func (c *Config) checkTEPs(r *config.Report) {
 }
 
 func (c *Config) checkHosts(r *config.Report) {
+	switch c.Hosts.Identity {
+	case IdentityCertificate:
+	case IdentityAddress:
+		if c.Hosts.Per64 == 0 {
+			r.Errorf("$.hosts.per_64", "per_64 0 (no limit) with identity: address: a host has as many addresses as it likes; want 1 or more")
+		}
+		if c.ACME.Directory != "" {
+			r.Errorf("$.hosts.identity", "identity address with acme: not supported together; want certificate, or no acme")
+		}
+	default:
+		r.Errorf("$.hosts.identity", "identity %q: want certificate or address", c.Hosts.Identity)
+	}
 	if len(c.Hosts.Prefixes) == 0 {
 		r.Errorf("$.hosts.prefixes", "hosts.prefixes is empty: want the IPv6 prefixes that tunnels may come from")
 	}

@@ -36,6 +36,7 @@ type Server struct {
 	m       *metrics
 	start   time.Time
 	cluster lease.ClusterID
+	secret  [32]byte // see proof
 
 	mu      sync.Mutex // everything below; held for steps, never while waiting
 	wall    time.Time  // newest wall time handed out
@@ -62,11 +63,14 @@ type Server struct {
 func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	if d.Server == nil {
 		d.Server = d.TLS.Server()
+		if cfg.Hosts.Identity == IdentityAddress {
+			d.Server = d.TLS.OpenServer()
+		}
 	}
 	s := &Server{
 		cfg: cfg, d: d, m: newMetrics(d.Registry), start: time.Now(), acked: newSignal(), wake: make(chan struct{}, 1),
 		fatal: make(chan error, 1), resync: map[string]bool{}, checked: map[string]time.Duration{}, caps: map[string][]string{},
-		usage: map[*lease.Core]*usage{},
+		usage:   map[*lease.Core]*usage{},
 		answers: lease.NewAnswers[*answer](2 * cfg.Timers.MaxValid), pending: store.Done(nil),
 	}
 	s.hosts.init()
@@ -74,7 +78,7 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.cluster, s.wall = st.Cluster, st.Wall
+	s.cluster, s.secret, s.wall = st.Cluster, st.Secret, st.Wall
 	now := s.now()
 	s.cell = lease.NewCell(st.Epoch, st.Last, cfg.Hosts.Per64)
 	if err := s.loadCores(ctx, now); err != nil {

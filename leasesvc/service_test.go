@@ -118,7 +118,11 @@ func (w *world) up() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	l, err := net.Listen("tcp", "[::1]:0")
+	at := "[::1]:0"
+	if w.addr.IsValid() {
+		at = w.addr.String() // clients of before find it again
+	}
+	l, err := net.Listen("tcp", at)
 	if err != nil {
 		w.t.Fatal(err)
 	}

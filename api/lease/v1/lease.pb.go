@@ -937,6 +937,7 @@ type BindRequest struct {
 	Trigger        Trigger                `protobuf:"varint,6,opt,name=trigger,proto3,enum=dstm.lease.v1.Trigger" json:"trigger,omitempty"`
 	Mtu            uint32                 `protobuf:"varint,7,opt,name=mtu,proto3" json:"mtu,omitempty"`                                             // the host's tunnel MTU, inner bytes, 1280..65535
 	AcceptsPortset bool                   `protobuf:"varint,8,opt,name=accepts_portset,json=acceptsPortset,proto3" json:"accepts_portset,omitempty"` // the host can do with a port set when addresses run short
+	Held           *Held                  `protobuf:"bytes,9,opt,name=held,proto3" json:"held,omitempty"`                                            // where identities are addresses: the lease to take along to this one
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1027,6 +1028,66 @@ func (x *BindRequest) GetAcceptsPortset() bool {
 	return false
 }
 
+func (x *BindRequest) GetHeld() *Held {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
+// Held is a lease with the secret that proves it to be the caller's.
+type Held struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Lease         *LeaseRef              `protobuf:"bytes,1,opt,name=lease,proto3" json:"lease,omitempty"`
+	Secret        []byte                 `protobuf:"bytes,2,opt,name=secret,proto3" json:"secret,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Held) Reset() {
+	*x = Held{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Held) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Held) ProtoMessage() {}
+
+func (x *Held) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Held.ProtoReflect.Descriptor instead.
+func (*Held) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Held) GetLease() *LeaseRef {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+func (x *Held) GetSecret() []byte {
+	if x != nil {
+		return x.Secret
+	}
+	return nil
+}
+
 type Lease struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Res           *Resource              `protobuf:"bytes,1,opt,name=res,proto3" json:"res,omitempty"`
@@ -1036,13 +1097,14 @@ type Lease struct {
 	MtuMax        uint32                 `protobuf:"varint,5,opt,name=mtu_max,json=mtuMax,proto3" json:"mtu_max,omitempty"`
 	Installed     bool                   `protobuf:"varint,6,opt,name=installed,proto3" json:"installed,omitempty"`
 	Waiting       []string               `protobuf:"bytes,7,rep,name=waiting,proto3" json:"waiting,omitempty"` // TEP ids of the serving set that have not acknowledged yet
+	Secret        []byte                 `protobuf:"bytes,8,opt,name=secret,proto3" json:"secret,omitempty"`   // where identities are addresses: Renew, Release and a move must show it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[12]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1054,7 +1116,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[12]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1067,7 +1129,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{12}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Lease) GetRes() *Resource {
@@ -1119,6 +1181,13 @@ func (x *Lease) GetWaiting() []string {
 	return nil
 }
 
+func (x *Lease) GetSecret() []byte {
+	if x != nil {
+		return x.Secret
+	}
+	return nil
+}
+
 type RenewRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	RequestId     []byte                 `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
@@ -1126,13 +1195,14 @@ type RenewRequest struct {
 	ValidMs       uint32                 `protobuf:"varint,3,opt,name=valid_ms,json=validMs,proto3" json:"valid_ms,omitempty"`
 	TunnelSource  []byte                 `protobuf:"bytes,4,opt,name=tunnel_source,json=tunnelSource,proto3" json:"tunnel_source,omitempty"`
 	Mtu           uint32                 `protobuf:"varint,5,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	Secret        []byte                 `protobuf:"bytes,6,opt,name=secret,proto3" json:"secret,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[13]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1144,7 +1214,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[13]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1157,7 +1227,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{13}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RenewRequest) GetRequestId() []byte {
@@ -1195,18 +1265,26 @@ func (x *RenewRequest) GetMtu() uint32 {
 	return 0
 }
 
+func (x *RenewRequest) GetSecret() []byte {
+	if x != nil {
+		return x.Secret
+	}
+	return nil
+}
+
 type ReleaseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	RequestId     []byte                 `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	Lease         *LeaseRef              `protobuf:"bytes,2,opt,name=lease,proto3" json:"lease,omitempty"`
 	Reason        Reason                 `protobuf:"varint,3,opt,name=reason,proto3,enum=dstm.lease.v1.Reason" json:"reason,omitempty"`
+	Secret        []byte                 `protobuf:"bytes,4,opt,name=secret,proto3" json:"secret,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[14]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1218,7 +1296,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[14]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1231,7 +1309,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{14}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ReleaseRequest) GetRequestId() []byte {
@@ -1255,6 +1333,13 @@ func (x *ReleaseRequest) GetReason() Reason {
 	return Reason_R_UNSPECIFIED
 }
 
+func (x *ReleaseRequest) GetSecret() []byte {
+	if x != nil {
+		return x.Secret
+	}
+	return nil
+}
+
 type ReleaseReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1263,7 +1348,7 @@ type ReleaseReply struct {
 
 func (x *ReleaseReply) Reset() {
 	*x = ReleaseReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[15]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1275,7 +1360,7 @@ func (x *ReleaseReply) String() string {
 func (*ReleaseReply) ProtoMessage() {}
 
 func (x *ReleaseReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[15]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1288,7 +1373,7 @@ func (x *ReleaseReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseReply.ProtoReflect.Descriptor instead.
 func (*ReleaseReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{15}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{16}
 }
 
 type Prefix struct {
@@ -1301,7 +1386,7 @@ type Prefix struct {
 
 func (x *Prefix) Reset() {
 	*x = Prefix{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[16]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1313,7 +1398,7 @@ func (x *Prefix) String() string {
 func (*Prefix) ProtoMessage() {}
 
 func (x *Prefix) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[16]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1326,7 +1411,7 @@ func (x *Prefix) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Prefix.ProtoReflect.Descriptor instead.
 func (*Prefix) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{16}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Prefix) GetAddr() []byte {
@@ -1352,7 +1437,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[17]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1364,7 +1449,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[17]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1377,7 +1462,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{17}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *WatchRequest) GetClients() []*Prefix {
@@ -1402,7 +1487,7 @@ type HostEvent struct {
 
 func (x *HostEvent) Reset() {
 	*x = HostEvent{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[18]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1414,7 +1499,7 @@ func (x *HostEvent) String() string {
 func (*HostEvent) ProtoMessage() {}
 
 func (x *HostEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[18]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1427,7 +1512,7 @@ func (x *HostEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostEvent.ProtoReflect.Descriptor instead.
 func (*HostEvent) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{18}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *HostEvent) GetM() isHostEvent_M {
@@ -1517,7 +1602,7 @@ type HostState struct {
 
 func (x *HostState) Reset() {
 	*x = HostState{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[19]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1529,7 +1614,7 @@ func (x *HostState) String() string {
 func (*HostState) ProtoMessage() {}
 
 func (x *HostState) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[19]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1542,7 +1627,7 @@ func (x *HostState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostState.ProtoReflect.Descriptor instead.
 func (*HostState) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{19}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *HostState) GetSource() []byte {
@@ -1597,7 +1682,7 @@ type PoolState struct {
 
 func (x *PoolState) Reset() {
 	*x = PoolState{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[20]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1609,7 +1694,7 @@ func (x *PoolState) String() string {
 func (*PoolState) ProtoMessage() {}
 
 func (x *PoolState) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[20]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1622,7 +1707,7 @@ func (x *PoolState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolState.ProtoReflect.Descriptor instead.
 func (*PoolState) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{20}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PoolState) GetHintsOn() bool {
@@ -1649,7 +1734,7 @@ type HintRequest struct {
 
 func (x *HintRequest) Reset() {
 	*x = HintRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[21]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1661,7 +1746,7 @@ func (x *HintRequest) String() string {
 func (*HintRequest) ProtoMessage() {}
 
 func (x *HintRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[21]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1674,7 +1759,7 @@ func (x *HintRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintRequest.ProtoReflect.Descriptor instead.
 func (*HintRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{21}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *HintRequest) GetSource() []byte {
@@ -1702,7 +1787,7 @@ type HintReply struct {
 
 func (x *HintReply) Reset() {
 	*x = HintReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[22]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1714,7 +1799,7 @@ func (x *HintReply) String() string {
 func (*HintReply) ProtoMessage() {}
 
 func (x *HintReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[22]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1727,7 +1812,7 @@ func (x *HintReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintReply.ProtoReflect.Descriptor instead.
 func (*HintReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{22}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *HintReply) GetState() HintState {
@@ -1766,7 +1851,7 @@ type SyncUp struct {
 
 func (x *SyncUp) Reset() {
 	*x = SyncUp{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[23]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1778,7 +1863,7 @@ func (x *SyncUp) String() string {
 func (*SyncUp) ProtoMessage() {}
 
 func (x *SyncUp) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[23]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1791,7 +1876,7 @@ func (x *SyncUp) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncUp.ProtoReflect.Descriptor instead.
 func (*SyncUp) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{23}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SyncUp) GetM() isSyncUp_M {
@@ -1882,7 +1967,7 @@ type TepHello struct {
 
 func (x *TepHello) Reset() {
 	*x = TepHello{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[24]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1894,7 +1979,7 @@ func (x *TepHello) String() string {
 func (*TepHello) ProtoMessage() {}
 
 func (x *TepHello) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[24]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1907,7 +1992,7 @@ func (x *TepHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepHello.ProtoReflect.Descriptor instead.
 func (*TepHello) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{24}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TepHello) GetTepId() string {
@@ -1980,7 +2065,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[25]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1992,7 +2077,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[25]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2005,7 +2090,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{25}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Heartbeat) GetSession() uint64 {
@@ -2062,7 +2147,7 @@ type Ack struct {
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[26]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2074,7 +2159,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[26]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2087,7 +2172,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{26}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Ack) GetSession() uint64 {
@@ -2122,7 +2207,7 @@ type Nack struct {
 
 func (x *Nack) Reset() {
 	*x = Nack{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[27]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2134,7 +2219,7 @@ func (x *Nack) String() string {
 func (*Nack) ProtoMessage() {}
 
 func (x *Nack) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[27]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2147,7 +2232,7 @@ func (x *Nack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nack.ProtoReflect.Descriptor instead.
 func (*Nack) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{27}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Nack) GetRes() *Resource {
@@ -2182,7 +2267,7 @@ type TableChunk struct {
 
 func (x *TableChunk) Reset() {
 	*x = TableChunk{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2194,7 +2279,7 @@ func (x *TableChunk) String() string {
 func (*TableChunk) ProtoMessage() {}
 
 func (x *TableChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2207,7 +2292,7 @@ func (x *TableChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TableChunk.ProtoReflect.Descriptor instead.
 func (*TableChunk) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{28}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *TableChunk) GetLast() bool {
@@ -2239,7 +2324,7 @@ type SyncDown struct {
 
 func (x *SyncDown) Reset() {
 	*x = SyncDown{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2251,7 +2336,7 @@ func (x *SyncDown) String() string {
 func (*SyncDown) ProtoMessage() {}
 
 func (x *SyncDown) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2264,7 +2349,7 @@ func (x *SyncDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncDown.ProtoReflect.Descriptor instead.
 func (*SyncDown) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{29}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *SyncDown) GetM() isSyncDown_M {
@@ -2348,7 +2433,7 @@ type UploadTable struct {
 
 func (x *UploadTable) Reset() {
 	*x = UploadTable{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2360,7 +2445,7 @@ func (x *UploadTable) String() string {
 func (*UploadTable) ProtoMessage() {}
 
 func (x *UploadTable) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2373,7 +2458,7 @@ func (x *UploadTable) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UploadTable.ProtoReflect.Descriptor instead.
 func (*UploadTable) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{30}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{31}
 }
 
 // SessionReply answers a Hello or a Heartbeat: deadline = echo_boot_ns + grant, once applied_rev >= floor (F5, F7).
@@ -2396,7 +2481,7 @@ type SessionReply struct {
 
 func (x *SessionReply) Reset() {
 	*x = SessionReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2408,7 +2493,7 @@ func (x *SessionReply) String() string {
 func (*SessionReply) ProtoMessage() {}
 
 func (x *SessionReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2421,7 +2506,7 @@ func (x *SessionReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionReply.ProtoReflect.Descriptor instead.
 func (*SessionReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{31}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SessionReply) GetSession() uint64 {
@@ -2511,7 +2596,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2523,7 +2608,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2536,7 +2621,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{32}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Endpoint) GetAddr() []byte {
@@ -2563,7 +2648,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2575,7 +2660,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2588,7 +2673,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{33}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Peer) GetTepId() string {
@@ -2613,7 +2698,7 @@ type QuestionRequest struct {
 
 func (x *QuestionRequest) Reset() {
 	*x = QuestionRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2625,7 +2710,7 @@ func (x *QuestionRequest) String() string {
 func (*QuestionRequest) ProtoMessage() {}
 
 func (x *QuestionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2638,7 +2723,7 @@ func (x *QuestionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuestionRequest.ProtoReflect.Descriptor instead.
 func (*QuestionRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{34}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{35}
 }
 
 type QuestionReply struct {
@@ -2650,7 +2735,7 @@ type QuestionReply struct {
 
 func (x *QuestionReply) Reset() {
 	*x = QuestionReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2662,7 +2747,7 @@ func (x *QuestionReply) String() string {
 func (*QuestionReply) ProtoMessage() {}
 
 func (x *QuestionReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2675,7 +2760,7 @@ func (x *QuestionReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuestionReply.ProtoReflect.Descriptor instead.
 func (*QuestionReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{35}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *QuestionReply) GetQuiet() bool {
@@ -2699,7 +2784,7 @@ type SnapshotChunk struct {
 
 func (x *SnapshotChunk) Reset() {
 	*x = SnapshotChunk{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2711,7 +2796,7 @@ func (x *SnapshotChunk) String() string {
 func (*SnapshotChunk) ProtoMessage() {}
 
 func (x *SnapshotChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2724,7 +2809,7 @@ func (x *SnapshotChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotChunk.ProtoReflect.Descriptor instead.
 func (*SnapshotChunk) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{36}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *SnapshotChunk) GetSession() uint64 {
@@ -2775,7 +2860,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2787,7 +2872,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2800,7 +2885,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{37}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Batch) GetSession() uint64 {
@@ -2847,7 +2932,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2859,7 +2944,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2872,7 +2957,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{38}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Record) GetRev() uint64 {
@@ -2958,7 +3043,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2970,7 +3055,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2983,7 +3068,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{39}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Binding) GetRes() *Resource {
@@ -3031,7 +3116,7 @@ type Unbind struct {
 
 func (x *Unbind) Reset() {
 	*x = Unbind{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3043,7 +3128,7 @@ func (x *Unbind) String() string {
 func (*Unbind) ProtoMessage() {}
 
 func (x *Unbind) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3056,7 +3141,7 @@ func (x *Unbind) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unbind.ProtoReflect.Descriptor instead.
 func (*Unbind) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{40}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Unbind) GetRes() *Resource {
@@ -3087,7 +3172,7 @@ type PoolRecord struct {
 
 func (x *PoolRecord) Reset() {
 	*x = PoolRecord{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3099,7 +3184,7 @@ func (x *PoolRecord) String() string {
 func (*PoolRecord) ProtoMessage() {}
 
 func (x *PoolRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3112,7 +3197,7 @@ func (x *PoolRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolRecord.ProtoReflect.Descriptor instead.
 func (*PoolRecord) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{41}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *PoolRecord) GetName() string {
@@ -3166,7 +3251,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3178,7 +3263,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3191,7 +3276,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{42}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ListRequest) GetPool() string {
@@ -3218,7 +3303,7 @@ type LeaseInfo struct {
 
 func (x *LeaseInfo) Reset() {
 	*x = LeaseInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3230,7 +3315,7 @@ func (x *LeaseInfo) String() string {
 func (*LeaseInfo) ProtoMessage() {}
 
 func (x *LeaseInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3243,7 +3328,7 @@ func (x *LeaseInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseInfo.ProtoReflect.Descriptor instead.
 func (*LeaseInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{43}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *LeaseInfo) GetRes() *Resource {
@@ -3320,7 +3405,7 @@ type WhoRequest struct {
 
 func (x *WhoRequest) Reset() {
 	*x = WhoRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3332,7 +3417,7 @@ func (x *WhoRequest) String() string {
 func (*WhoRequest) ProtoMessage() {}
 
 func (x *WhoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3345,7 +3430,7 @@ func (x *WhoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoRequest.ProtoReflect.Descriptor instead.
 func (*WhoRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{44}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *WhoRequest) GetAddr() uint32 {
@@ -3378,7 +3463,7 @@ type WhoReply struct {
 
 func (x *WhoReply) Reset() {
 	*x = WhoReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3390,7 +3475,7 @@ func (x *WhoReply) String() string {
 func (*WhoReply) ProtoMessage() {}
 
 func (x *WhoReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3403,7 +3488,7 @@ func (x *WhoReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoReply.ProtoReflect.Descriptor instead.
 func (*WhoReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{45}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *WhoReply) GetHoldings() []*Holding {
@@ -3430,7 +3515,7 @@ type Holding struct {
 
 func (x *Holding) Reset() {
 	*x = Holding{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3442,7 +3527,7 @@ func (x *Holding) String() string {
 func (*Holding) ProtoMessage() {}
 
 func (x *Holding) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3455,7 +3540,7 @@ func (x *Holding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Holding.ProtoReflect.Descriptor instead.
 func (*Holding) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{46}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Holding) GetHostId() string {
@@ -3522,7 +3607,7 @@ type PoolsRequest struct {
 
 func (x *PoolsRequest) Reset() {
 	*x = PoolsRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3534,7 +3619,7 @@ func (x *PoolsRequest) String() string {
 func (*PoolsRequest) ProtoMessage() {}
 
 func (x *PoolsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3547,7 +3632,7 @@ func (x *PoolsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolsRequest.ProtoReflect.Descriptor instead.
 func (*PoolsRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{47}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{48}
 }
 
 type PoolInfo struct {
@@ -3577,7 +3662,7 @@ type PoolInfo struct {
 
 func (x *PoolInfo) Reset() {
 	*x = PoolInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3589,7 +3674,7 @@ func (x *PoolInfo) String() string {
 func (*PoolInfo) ProtoMessage() {}
 
 func (x *PoolInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3602,7 +3687,7 @@ func (x *PoolInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolInfo.ProtoReflect.Descriptor instead.
 func (*PoolInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{48}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *PoolInfo) GetName() string {
@@ -3748,7 +3833,7 @@ type PoolsReply struct {
 
 func (x *PoolsReply) Reset() {
 	*x = PoolsReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3760,7 +3845,7 @@ func (x *PoolsReply) String() string {
 func (*PoolsReply) ProtoMessage() {}
 
 func (x *PoolsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3773,7 +3858,7 @@ func (x *PoolsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolsReply.ProtoReflect.Descriptor instead.
 func (*PoolsReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{49}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *PoolsReply) GetPools() []*PoolInfo {
@@ -3798,7 +3883,7 @@ type TepsRequest struct {
 
 func (x *TepsRequest) Reset() {
 	*x = TepsRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3810,7 +3895,7 @@ func (x *TepsRequest) String() string {
 func (*TepsRequest) ProtoMessage() {}
 
 func (x *TepsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3823,7 +3908,7 @@ func (x *TepsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepsRequest.ProtoReflect.Descriptor instead.
 func (*TepsRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{50}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{51}
 }
 
 type TepInfo struct {
@@ -3842,7 +3927,7 @@ type TepInfo struct {
 
 func (x *TepInfo) Reset() {
 	*x = TepInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3854,7 +3939,7 @@ func (x *TepInfo) String() string {
 func (*TepInfo) ProtoMessage() {}
 
 func (x *TepInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3867,7 +3952,7 @@ func (x *TepInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepInfo.ProtoReflect.Descriptor instead.
 func (*TepInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{51}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *TepInfo) GetId() string {
@@ -3935,7 +4020,7 @@ type FenceTepRequest struct {
 
 func (x *FenceTepRequest) Reset() {
 	*x = FenceTepRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3947,7 +4032,7 @@ func (x *FenceTepRequest) String() string {
 func (*FenceTepRequest) ProtoMessage() {}
 
 func (x *FenceTepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3960,7 +4045,7 @@ func (x *FenceTepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceTepRequest.ProtoReflect.Descriptor instead.
 func (*FenceTepRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{52}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *FenceTepRequest) GetId() string {
@@ -3978,7 +4063,7 @@ type FenceTepReply struct {
 
 func (x *FenceTepReply) Reset() {
 	*x = FenceTepReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3990,7 +4075,7 @@ func (x *FenceTepReply) String() string {
 func (*FenceTepReply) ProtoMessage() {}
 
 func (x *FenceTepReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4003,7 +4088,7 @@ func (x *FenceTepReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceTepReply.ProtoReflect.Descriptor instead.
 func (*FenceTepReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{53}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{54}
 }
 
 type RemoveTepRequest struct {
@@ -4015,7 +4100,7 @@ type RemoveTepRequest struct {
 
 func (x *RemoveTepRequest) Reset() {
 	*x = RemoveTepRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4027,7 +4112,7 @@ func (x *RemoveTepRequest) String() string {
 func (*RemoveTepRequest) ProtoMessage() {}
 
 func (x *RemoveTepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4040,7 +4125,7 @@ func (x *RemoveTepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTepRequest.ProtoReflect.Descriptor instead.
 func (*RemoveTepRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{54}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RemoveTepRequest) GetId() string {
@@ -4058,7 +4143,7 @@ type RemoveTepReply struct {
 
 func (x *RemoveTepReply) Reset() {
 	*x = RemoveTepReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4070,7 +4155,7 @@ func (x *RemoveTepReply) String() string {
 func (*RemoveTepReply) ProtoMessage() {}
 
 func (x *RemoveTepReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4083,7 +4168,7 @@ func (x *RemoveTepReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTepReply.ProtoReflect.Descriptor instead.
 func (*RemoveTepReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{55}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{56}
 }
 
 type TepsReply struct {
@@ -4095,7 +4180,7 @@ type TepsReply struct {
 
 func (x *TepsReply) Reset() {
 	*x = TepsReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4107,7 +4192,7 @@ func (x *TepsReply) String() string {
 func (*TepsReply) ProtoMessage() {}
 
 func (x *TepsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4120,7 +4205,7 @@ func (x *TepsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepsReply.ProtoReflect.Descriptor instead.
 func (*TepsReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{56}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *TepsReply) GetTeps() []*TepInfo {
@@ -4140,7 +4225,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[57]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4152,7 +4237,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[57]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4165,7 +4250,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{57}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *RevokeRequest) GetRes() *Resource {
@@ -4190,7 +4275,7 @@ type RevokeReply struct {
 
 func (x *RevokeReply) Reset() {
 	*x = RevokeReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[58]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4202,7 +4287,7 @@ func (x *RevokeReply) String() string {
 func (*RevokeReply) ProtoMessage() {}
 
 func (x *RevokeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[58]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4215,7 +4300,7 @@ func (x *RevokeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeReply.ProtoReflect.Descriptor instead.
 func (*RevokeReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{58}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{59}
 }
 
 var File_dstm_lease_v1_lease_proto protoreflect.FileDescriptor
@@ -4268,7 +4353,7 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\twithin_ms\x18\x02 \x01(\rR\bwithinMs\"f\n" +
 	"\x06Revoke\x12-\n" +
 	"\x05lease\x18\x01 \x01(\v2\x17.dstm.lease.v1.LeaseRefR\x05lease\x12-\n" +
-	"\x06reason\x18\x02 \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x06reason\"\x9f\x02\n" +
+	"\x06reason\x18\x02 \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x06reason\"\xc8\x02\n" +
 	"\vBindRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\fR\trequestId\x12#\n" +
@@ -4278,7 +4363,11 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\bvalid_ms\x18\x05 \x01(\rR\avalidMs\x120\n" +
 	"\atrigger\x18\x06 \x01(\x0e2\x16.dstm.lease.v1.TriggerR\atrigger\x12\x10\n" +
 	"\x03mtu\x18\a \x01(\rR\x03mtu\x12'\n" +
-	"\x0faccepts_portset\x18\b \x01(\bR\x0eacceptsPortset\"\xc2\x01\n" +
+	"\x0faccepts_portset\x18\b \x01(\bR\x0eacceptsPortset\x12'\n" +
+	"\x04held\x18\t \x01(\v2\x13.dstm.lease.v1.HeldR\x04held\"M\n" +
+	"\x04Held\x12-\n" +
+	"\x05lease\x18\x01 \x01(\v2\x17.dstm.lease.v1.LeaseRefR\x05lease\x12\x16\n" +
+	"\x06secret\x18\x02 \x01(\fR\x06secret\"\xda\x01\n" +
 	"\x05Lease\x12)\n" +
 	"\x03res\x18\x01 \x01(\v2\x17.dstm.lease.v1.ResourceR\x03res\x12\x10\n" +
 	"\x03gen\x18\x02 \x01(\x04R\x03gen\x12\x10\n" +
@@ -4286,19 +4375,22 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\bvalid_ms\x18\x04 \x01(\rR\avalidMs\x12\x17\n" +
 	"\amtu_max\x18\x05 \x01(\rR\x06mtuMax\x12\x1c\n" +
 	"\tinstalled\x18\x06 \x01(\bR\tinstalled\x12\x18\n" +
-	"\awaiting\x18\a \x03(\tR\awaiting\"\xae\x01\n" +
+	"\awaiting\x18\a \x03(\tR\awaiting\x12\x16\n" +
+	"\x06secret\x18\b \x01(\fR\x06secret\"\xc6\x01\n" +
 	"\fRenewRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\fR\trequestId\x12-\n" +
 	"\x05lease\x18\x02 \x01(\v2\x17.dstm.lease.v1.LeaseRefR\x05lease\x12\x19\n" +
 	"\bvalid_ms\x18\x03 \x01(\rR\avalidMs\x12#\n" +
 	"\rtunnel_source\x18\x04 \x01(\fR\ftunnelSource\x12\x10\n" +
-	"\x03mtu\x18\x05 \x01(\rR\x03mtu\"\x8d\x01\n" +
+	"\x03mtu\x18\x05 \x01(\rR\x03mtu\x12\x16\n" +
+	"\x06secret\x18\x06 \x01(\fR\x06secret\"\xa5\x01\n" +
 	"\x0eReleaseRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\fR\trequestId\x12-\n" +
 	"\x05lease\x18\x02 \x01(\v2\x17.dstm.lease.v1.LeaseRefR\x05lease\x12-\n" +
-	"\x06reason\x18\x03 \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x06reason\"\x0e\n" +
+	"\x06reason\x18\x03 \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x06reason\x12\x16\n" +
+	"\x06secret\x18\x04 \x01(\fR\x06secret\"\x0e\n" +
 	"\fReleaseReply\"0\n" +
 	"\x06Prefix\x12\x12\n" +
 	"\x04addr\x18\x01 \x01(\fR\x04addr\x12\x12\n" +
@@ -4584,7 +4676,7 @@ func file_dstm_lease_v1_lease_proto_rawDescGZIP() []byte {
 }
 
 var file_dstm_lease_v1_lease_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dstm_lease_v1_lease_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
+var file_dstm_lease_v1_lease_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_dstm_lease_v1_lease_proto_goTypes = []any{
 	(HintState)(0),           // 0: dstm.lease.v1.HintState
 	(Trigger)(0),             // 1: dstm.lease.v1.Trigger
@@ -4601,53 +4693,54 @@ var file_dstm_lease_v1_lease_proto_goTypes = []any{
 	(*Offer)(nil),            // 12: dstm.lease.v1.Offer
 	(*Revoke)(nil),           // 13: dstm.lease.v1.Revoke
 	(*BindRequest)(nil),      // 14: dstm.lease.v1.BindRequest
-	(*Lease)(nil),            // 15: dstm.lease.v1.Lease
-	(*RenewRequest)(nil),     // 16: dstm.lease.v1.RenewRequest
-	(*ReleaseRequest)(nil),   // 17: dstm.lease.v1.ReleaseRequest
-	(*ReleaseReply)(nil),     // 18: dstm.lease.v1.ReleaseReply
-	(*Prefix)(nil),           // 19: dstm.lease.v1.Prefix
-	(*WatchRequest)(nil),     // 20: dstm.lease.v1.WatchRequest
-	(*HostEvent)(nil),        // 21: dstm.lease.v1.HostEvent
-	(*HostState)(nil),        // 22: dstm.lease.v1.HostState
-	(*PoolState)(nil),        // 23: dstm.lease.v1.PoolState
-	(*HintRequest)(nil),      // 24: dstm.lease.v1.HintRequest
-	(*HintReply)(nil),        // 25: dstm.lease.v1.HintReply
-	(*SyncUp)(nil),           // 26: dstm.lease.v1.SyncUp
-	(*TepHello)(nil),         // 27: dstm.lease.v1.TepHello
-	(*Heartbeat)(nil),        // 28: dstm.lease.v1.Heartbeat
-	(*Ack)(nil),              // 29: dstm.lease.v1.Ack
-	(*Nack)(nil),             // 30: dstm.lease.v1.Nack
-	(*TableChunk)(nil),       // 31: dstm.lease.v1.TableChunk
-	(*SyncDown)(nil),         // 32: dstm.lease.v1.SyncDown
-	(*UploadTable)(nil),      // 33: dstm.lease.v1.UploadTable
-	(*SessionReply)(nil),     // 34: dstm.lease.v1.SessionReply
-	(*Endpoint)(nil),         // 35: dstm.lease.v1.Endpoint
-	(*Peer)(nil),             // 36: dstm.lease.v1.Peer
-	(*QuestionRequest)(nil),  // 37: dstm.lease.v1.QuestionRequest
-	(*QuestionReply)(nil),    // 38: dstm.lease.v1.QuestionReply
-	(*SnapshotChunk)(nil),    // 39: dstm.lease.v1.SnapshotChunk
-	(*Batch)(nil),            // 40: dstm.lease.v1.Batch
-	(*Record)(nil),           // 41: dstm.lease.v1.Record
-	(*Binding)(nil),          // 42: dstm.lease.v1.Binding
-	(*Unbind)(nil),           // 43: dstm.lease.v1.Unbind
-	(*PoolRecord)(nil),       // 44: dstm.lease.v1.PoolRecord
-	(*ListRequest)(nil),      // 45: dstm.lease.v1.ListRequest
-	(*LeaseInfo)(nil),        // 46: dstm.lease.v1.LeaseInfo
-	(*WhoRequest)(nil),       // 47: dstm.lease.v1.WhoRequest
-	(*WhoReply)(nil),         // 48: dstm.lease.v1.WhoReply
-	(*Holding)(nil),          // 49: dstm.lease.v1.Holding
-	(*PoolsRequest)(nil),     // 50: dstm.lease.v1.PoolsRequest
-	(*PoolInfo)(nil),         // 51: dstm.lease.v1.PoolInfo
-	(*PoolsReply)(nil),       // 52: dstm.lease.v1.PoolsReply
-	(*TepsRequest)(nil),      // 53: dstm.lease.v1.TepsRequest
-	(*TepInfo)(nil),          // 54: dstm.lease.v1.TepInfo
-	(*FenceTepRequest)(nil),  // 55: dstm.lease.v1.FenceTepRequest
-	(*FenceTepReply)(nil),    // 56: dstm.lease.v1.FenceTepReply
-	(*RemoveTepRequest)(nil), // 57: dstm.lease.v1.RemoveTepRequest
-	(*RemoveTepReply)(nil),   // 58: dstm.lease.v1.RemoveTepReply
-	(*TepsReply)(nil),        // 59: dstm.lease.v1.TepsReply
-	(*RevokeRequest)(nil),    // 60: dstm.lease.v1.RevokeRequest
-	(*RevokeReply)(nil),      // 61: dstm.lease.v1.RevokeReply
+	(*Held)(nil),             // 15: dstm.lease.v1.Held
+	(*Lease)(nil),            // 16: dstm.lease.v1.Lease
+	(*RenewRequest)(nil),     // 17: dstm.lease.v1.RenewRequest
+	(*ReleaseRequest)(nil),   // 18: dstm.lease.v1.ReleaseRequest
+	(*ReleaseReply)(nil),     // 19: dstm.lease.v1.ReleaseReply
+	(*Prefix)(nil),           // 20: dstm.lease.v1.Prefix
+	(*WatchRequest)(nil),     // 21: dstm.lease.v1.WatchRequest
+	(*HostEvent)(nil),        // 22: dstm.lease.v1.HostEvent
+	(*HostState)(nil),        // 23: dstm.lease.v1.HostState
+	(*PoolState)(nil),        // 24: dstm.lease.v1.PoolState
+	(*HintRequest)(nil),      // 25: dstm.lease.v1.HintRequest
+	(*HintReply)(nil),        // 26: dstm.lease.v1.HintReply
+	(*SyncUp)(nil),           // 27: dstm.lease.v1.SyncUp
+	(*TepHello)(nil),         // 28: dstm.lease.v1.TepHello
+	(*Heartbeat)(nil),        // 29: dstm.lease.v1.Heartbeat
+	(*Ack)(nil),              // 30: dstm.lease.v1.Ack
+	(*Nack)(nil),             // 31: dstm.lease.v1.Nack
+	(*TableChunk)(nil),       // 32: dstm.lease.v1.TableChunk
+	(*SyncDown)(nil),         // 33: dstm.lease.v1.SyncDown
+	(*UploadTable)(nil),      // 34: dstm.lease.v1.UploadTable
+	(*SessionReply)(nil),     // 35: dstm.lease.v1.SessionReply
+	(*Endpoint)(nil),         // 36: dstm.lease.v1.Endpoint
+	(*Peer)(nil),             // 37: dstm.lease.v1.Peer
+	(*QuestionRequest)(nil),  // 38: dstm.lease.v1.QuestionRequest
+	(*QuestionReply)(nil),    // 39: dstm.lease.v1.QuestionReply
+	(*SnapshotChunk)(nil),    // 40: dstm.lease.v1.SnapshotChunk
+	(*Batch)(nil),            // 41: dstm.lease.v1.Batch
+	(*Record)(nil),           // 42: dstm.lease.v1.Record
+	(*Binding)(nil),          // 43: dstm.lease.v1.Binding
+	(*Unbind)(nil),           // 44: dstm.lease.v1.Unbind
+	(*PoolRecord)(nil),       // 45: dstm.lease.v1.PoolRecord
+	(*ListRequest)(nil),      // 46: dstm.lease.v1.ListRequest
+	(*LeaseInfo)(nil),        // 47: dstm.lease.v1.LeaseInfo
+	(*WhoRequest)(nil),       // 48: dstm.lease.v1.WhoRequest
+	(*WhoReply)(nil),         // 49: dstm.lease.v1.WhoReply
+	(*Holding)(nil),          // 50: dstm.lease.v1.Holding
+	(*PoolsRequest)(nil),     // 51: dstm.lease.v1.PoolsRequest
+	(*PoolInfo)(nil),         // 52: dstm.lease.v1.PoolInfo
+	(*PoolsReply)(nil),       // 53: dstm.lease.v1.PoolsReply
+	(*TepsRequest)(nil),      // 54: dstm.lease.v1.TepsRequest
+	(*TepInfo)(nil),          // 55: dstm.lease.v1.TepInfo
+	(*FenceTepRequest)(nil),  // 56: dstm.lease.v1.FenceTepRequest
+	(*FenceTepReply)(nil),    // 57: dstm.lease.v1.FenceTepReply
+	(*RemoveTepRequest)(nil), // 58: dstm.lease.v1.RemoveTepRequest
+	(*RemoveTepReply)(nil),   // 59: dstm.lease.v1.RemoveTepReply
+	(*TepsReply)(nil),        // 60: dstm.lease.v1.TepsReply
+	(*RevokeRequest)(nil),    // 61: dstm.lease.v1.RevokeRequest
+	(*RevokeReply)(nil),      // 62: dstm.lease.v1.RevokeReply
 }
 var file_dstm_lease_v1_lease_proto_depIdxs = []int32{
 	3,  // 0: dstm.lease.v1.LeaseRef.res:type_name -> dstm.lease.v1.Resource
@@ -4665,79 +4758,81 @@ var file_dstm_lease_v1_lease_proto_depIdxs = []int32{
 	2,  // 12: dstm.lease.v1.Revoke.reason:type_name -> dstm.lease.v1.Reason
 	3,  // 13: dstm.lease.v1.BindRequest.want:type_name -> dstm.lease.v1.Resource
 	1,  // 14: dstm.lease.v1.BindRequest.trigger:type_name -> dstm.lease.v1.Trigger
-	3,  // 15: dstm.lease.v1.Lease.res:type_name -> dstm.lease.v1.Resource
-	4,  // 16: dstm.lease.v1.RenewRequest.lease:type_name -> dstm.lease.v1.LeaseRef
-	4,  // 17: dstm.lease.v1.ReleaseRequest.lease:type_name -> dstm.lease.v1.LeaseRef
-	2,  // 18: dstm.lease.v1.ReleaseRequest.reason:type_name -> dstm.lease.v1.Reason
-	19, // 19: dstm.lease.v1.WatchRequest.clients:type_name -> dstm.lease.v1.Prefix
-	22, // 20: dstm.lease.v1.HostEvent.upsert:type_name -> dstm.lease.v1.HostState
-	23, // 21: dstm.lease.v1.HostEvent.pool:type_name -> dstm.lease.v1.PoolState
-	2,  // 22: dstm.lease.v1.HostState.refused:type_name -> dstm.lease.v1.Reason
-	0,  // 23: dstm.lease.v1.HintReply.state:type_name -> dstm.lease.v1.HintState
-	2,  // 24: dstm.lease.v1.HintReply.reason:type_name -> dstm.lease.v1.Reason
-	27, // 25: dstm.lease.v1.SyncUp.hello:type_name -> dstm.lease.v1.TepHello
-	28, // 26: dstm.lease.v1.SyncUp.beat:type_name -> dstm.lease.v1.Heartbeat
-	29, // 27: dstm.lease.v1.SyncUp.ack:type_name -> dstm.lease.v1.Ack
-	31, // 28: dstm.lease.v1.SyncUp.table:type_name -> dstm.lease.v1.TableChunk
-	35, // 29: dstm.lease.v1.TepHello.question:type_name -> dstm.lease.v1.Endpoint
-	30, // 30: dstm.lease.v1.Ack.nacks:type_name -> dstm.lease.v1.Nack
-	3,  // 31: dstm.lease.v1.Nack.res:type_name -> dstm.lease.v1.Resource
-	42, // 32: dstm.lease.v1.TableChunk.held:type_name -> dstm.lease.v1.Binding
-	34, // 33: dstm.lease.v1.SyncDown.session:type_name -> dstm.lease.v1.SessionReply
-	39, // 34: dstm.lease.v1.SyncDown.snapshot:type_name -> dstm.lease.v1.SnapshotChunk
-	40, // 35: dstm.lease.v1.SyncDown.batch:type_name -> dstm.lease.v1.Batch
-	33, // 36: dstm.lease.v1.SyncDown.upload:type_name -> dstm.lease.v1.UploadTable
-	36, // 37: dstm.lease.v1.SessionReply.others:type_name -> dstm.lease.v1.Peer
-	35, // 38: dstm.lease.v1.Peer.question:type_name -> dstm.lease.v1.Endpoint
-	41, // 39: dstm.lease.v1.SnapshotChunk.records:type_name -> dstm.lease.v1.Record
-	41, // 40: dstm.lease.v1.Batch.records:type_name -> dstm.lease.v1.Record
-	42, // 41: dstm.lease.v1.Record.bind:type_name -> dstm.lease.v1.Binding
-	43, // 42: dstm.lease.v1.Record.unbind:type_name -> dstm.lease.v1.Unbind
-	44, // 43: dstm.lease.v1.Record.pool:type_name -> dstm.lease.v1.PoolRecord
-	3,  // 44: dstm.lease.v1.Binding.res:type_name -> dstm.lease.v1.Resource
-	3,  // 45: dstm.lease.v1.Unbind.res:type_name -> dstm.lease.v1.Resource
-	3,  // 46: dstm.lease.v1.LeaseInfo.res:type_name -> dstm.lease.v1.Resource
-	49, // 47: dstm.lease.v1.WhoReply.holdings:type_name -> dstm.lease.v1.Holding
-	3,  // 48: dstm.lease.v1.Holding.res:type_name -> dstm.lease.v1.Resource
-	2,  // 49: dstm.lease.v1.Holding.end:type_name -> dstm.lease.v1.Reason
-	51, // 50: dstm.lease.v1.PoolsReply.pools:type_name -> dstm.lease.v1.PoolInfo
-	54, // 51: dstm.lease.v1.TepsReply.teps:type_name -> dstm.lease.v1.TepInfo
-	3,  // 52: dstm.lease.v1.RevokeRequest.res:type_name -> dstm.lease.v1.Resource
-	5,  // 53: dstm.lease.v1.Hosts.Attend:input_type -> dstm.lease.v1.AttendUp
-	14, // 54: dstm.lease.v1.Hosts.Bind:input_type -> dstm.lease.v1.BindRequest
-	16, // 55: dstm.lease.v1.Hosts.Renew:input_type -> dstm.lease.v1.RenewRequest
-	17, // 56: dstm.lease.v1.Hosts.Release:input_type -> dstm.lease.v1.ReleaseRequest
-	20, // 57: dstm.lease.v1.Resolvers.WatchHosts:input_type -> dstm.lease.v1.WatchRequest
-	24, // 58: dstm.lease.v1.Resolvers.Hint:input_type -> dstm.lease.v1.HintRequest
-	26, // 59: dstm.lease.v1.Teps.Sync:input_type -> dstm.lease.v1.SyncUp
-	37, // 60: dstm.lease.v1.Gateways.Question:input_type -> dstm.lease.v1.QuestionRequest
-	45, // 61: dstm.lease.v1.Operators.ListLeases:input_type -> dstm.lease.v1.ListRequest
-	47, // 62: dstm.lease.v1.Operators.Who:input_type -> dstm.lease.v1.WhoRequest
-	50, // 63: dstm.lease.v1.Operators.Pools:input_type -> dstm.lease.v1.PoolsRequest
-	53, // 64: dstm.lease.v1.Operators.ListTeps:input_type -> dstm.lease.v1.TepsRequest
-	60, // 65: dstm.lease.v1.Operators.Revoke:input_type -> dstm.lease.v1.RevokeRequest
-	55, // 66: dstm.lease.v1.Operators.FenceTep:input_type -> dstm.lease.v1.FenceTepRequest
-	57, // 67: dstm.lease.v1.Operators.RemoveTep:input_type -> dstm.lease.v1.RemoveTepRequest
-	9,  // 68: dstm.lease.v1.Hosts.Attend:output_type -> dstm.lease.v1.AttendDown
-	15, // 69: dstm.lease.v1.Hosts.Bind:output_type -> dstm.lease.v1.Lease
-	15, // 70: dstm.lease.v1.Hosts.Renew:output_type -> dstm.lease.v1.Lease
-	18, // 71: dstm.lease.v1.Hosts.Release:output_type -> dstm.lease.v1.ReleaseReply
-	21, // 72: dstm.lease.v1.Resolvers.WatchHosts:output_type -> dstm.lease.v1.HostEvent
-	25, // 73: dstm.lease.v1.Resolvers.Hint:output_type -> dstm.lease.v1.HintReply
-	32, // 74: dstm.lease.v1.Teps.Sync:output_type -> dstm.lease.v1.SyncDown
-	38, // 75: dstm.lease.v1.Gateways.Question:output_type -> dstm.lease.v1.QuestionReply
-	46, // 76: dstm.lease.v1.Operators.ListLeases:output_type -> dstm.lease.v1.LeaseInfo
-	48, // 77: dstm.lease.v1.Operators.Who:output_type -> dstm.lease.v1.WhoReply
-	52, // 78: dstm.lease.v1.Operators.Pools:output_type -> dstm.lease.v1.PoolsReply
-	59, // 79: dstm.lease.v1.Operators.ListTeps:output_type -> dstm.lease.v1.TepsReply
-	61, // 80: dstm.lease.v1.Operators.Revoke:output_type -> dstm.lease.v1.RevokeReply
-	56, // 81: dstm.lease.v1.Operators.FenceTep:output_type -> dstm.lease.v1.FenceTepReply
-	58, // 82: dstm.lease.v1.Operators.RemoveTep:output_type -> dstm.lease.v1.RemoveTepReply
-	68, // [68:83] is the sub-list for method output_type
-	53, // [53:68] is the sub-list for method input_type
-	53, // [53:53] is the sub-list for extension type_name
-	53, // [53:53] is the sub-list for extension extendee
-	0,  // [0:53] is the sub-list for field type_name
+	15, // 15: dstm.lease.v1.BindRequest.held:type_name -> dstm.lease.v1.Held
+	4,  // 16: dstm.lease.v1.Held.lease:type_name -> dstm.lease.v1.LeaseRef
+	3,  // 17: dstm.lease.v1.Lease.res:type_name -> dstm.lease.v1.Resource
+	4,  // 18: dstm.lease.v1.RenewRequest.lease:type_name -> dstm.lease.v1.LeaseRef
+	4,  // 19: dstm.lease.v1.ReleaseRequest.lease:type_name -> dstm.lease.v1.LeaseRef
+	2,  // 20: dstm.lease.v1.ReleaseRequest.reason:type_name -> dstm.lease.v1.Reason
+	20, // 21: dstm.lease.v1.WatchRequest.clients:type_name -> dstm.lease.v1.Prefix
+	23, // 22: dstm.lease.v1.HostEvent.upsert:type_name -> dstm.lease.v1.HostState
+	24, // 23: dstm.lease.v1.HostEvent.pool:type_name -> dstm.lease.v1.PoolState
+	2,  // 24: dstm.lease.v1.HostState.refused:type_name -> dstm.lease.v1.Reason
+	0,  // 25: dstm.lease.v1.HintReply.state:type_name -> dstm.lease.v1.HintState
+	2,  // 26: dstm.lease.v1.HintReply.reason:type_name -> dstm.lease.v1.Reason
+	28, // 27: dstm.lease.v1.SyncUp.hello:type_name -> dstm.lease.v1.TepHello
+	29, // 28: dstm.lease.v1.SyncUp.beat:type_name -> dstm.lease.v1.Heartbeat
+	30, // 29: dstm.lease.v1.SyncUp.ack:type_name -> dstm.lease.v1.Ack
+	32, // 30: dstm.lease.v1.SyncUp.table:type_name -> dstm.lease.v1.TableChunk
+	36, // 31: dstm.lease.v1.TepHello.question:type_name -> dstm.lease.v1.Endpoint
+	31, // 32: dstm.lease.v1.Ack.nacks:type_name -> dstm.lease.v1.Nack
+	3,  // 33: dstm.lease.v1.Nack.res:type_name -> dstm.lease.v1.Resource
+	43, // 34: dstm.lease.v1.TableChunk.held:type_name -> dstm.lease.v1.Binding
+	35, // 35: dstm.lease.v1.SyncDown.session:type_name -> dstm.lease.v1.SessionReply
+	40, // 36: dstm.lease.v1.SyncDown.snapshot:type_name -> dstm.lease.v1.SnapshotChunk
+	41, // 37: dstm.lease.v1.SyncDown.batch:type_name -> dstm.lease.v1.Batch
+	34, // 38: dstm.lease.v1.SyncDown.upload:type_name -> dstm.lease.v1.UploadTable
+	37, // 39: dstm.lease.v1.SessionReply.others:type_name -> dstm.lease.v1.Peer
+	36, // 40: dstm.lease.v1.Peer.question:type_name -> dstm.lease.v1.Endpoint
+	42, // 41: dstm.lease.v1.SnapshotChunk.records:type_name -> dstm.lease.v1.Record
+	42, // 42: dstm.lease.v1.Batch.records:type_name -> dstm.lease.v1.Record
+	43, // 43: dstm.lease.v1.Record.bind:type_name -> dstm.lease.v1.Binding
+	44, // 44: dstm.lease.v1.Record.unbind:type_name -> dstm.lease.v1.Unbind
+	45, // 45: dstm.lease.v1.Record.pool:type_name -> dstm.lease.v1.PoolRecord
+	3,  // 46: dstm.lease.v1.Binding.res:type_name -> dstm.lease.v1.Resource
+	3,  // 47: dstm.lease.v1.Unbind.res:type_name -> dstm.lease.v1.Resource
+	3,  // 48: dstm.lease.v1.LeaseInfo.res:type_name -> dstm.lease.v1.Resource
+	50, // 49: dstm.lease.v1.WhoReply.holdings:type_name -> dstm.lease.v1.Holding
+	3,  // 50: dstm.lease.v1.Holding.res:type_name -> dstm.lease.v1.Resource
+	2,  // 51: dstm.lease.v1.Holding.end:type_name -> dstm.lease.v1.Reason
+	52, // 52: dstm.lease.v1.PoolsReply.pools:type_name -> dstm.lease.v1.PoolInfo
+	55, // 53: dstm.lease.v1.TepsReply.teps:type_name -> dstm.lease.v1.TepInfo
+	3,  // 54: dstm.lease.v1.RevokeRequest.res:type_name -> dstm.lease.v1.Resource
+	5,  // 55: dstm.lease.v1.Hosts.Attend:input_type -> dstm.lease.v1.AttendUp
+	14, // 56: dstm.lease.v1.Hosts.Bind:input_type -> dstm.lease.v1.BindRequest
+	17, // 57: dstm.lease.v1.Hosts.Renew:input_type -> dstm.lease.v1.RenewRequest
+	18, // 58: dstm.lease.v1.Hosts.Release:input_type -> dstm.lease.v1.ReleaseRequest
+	21, // 59: dstm.lease.v1.Resolvers.WatchHosts:input_type -> dstm.lease.v1.WatchRequest
+	25, // 60: dstm.lease.v1.Resolvers.Hint:input_type -> dstm.lease.v1.HintRequest
+	27, // 61: dstm.lease.v1.Teps.Sync:input_type -> dstm.lease.v1.SyncUp
+	38, // 62: dstm.lease.v1.Gateways.Question:input_type -> dstm.lease.v1.QuestionRequest
+	46, // 63: dstm.lease.v1.Operators.ListLeases:input_type -> dstm.lease.v1.ListRequest
+	48, // 64: dstm.lease.v1.Operators.Who:input_type -> dstm.lease.v1.WhoRequest
+	51, // 65: dstm.lease.v1.Operators.Pools:input_type -> dstm.lease.v1.PoolsRequest
+	54, // 66: dstm.lease.v1.Operators.ListTeps:input_type -> dstm.lease.v1.TepsRequest
+	61, // 67: dstm.lease.v1.Operators.Revoke:input_type -> dstm.lease.v1.RevokeRequest
+	56, // 68: dstm.lease.v1.Operators.FenceTep:input_type -> dstm.lease.v1.FenceTepRequest
+	58, // 69: dstm.lease.v1.Operators.RemoveTep:input_type -> dstm.lease.v1.RemoveTepRequest
+	9,  // 70: dstm.lease.v1.Hosts.Attend:output_type -> dstm.lease.v1.AttendDown
+	16, // 71: dstm.lease.v1.Hosts.Bind:output_type -> dstm.lease.v1.Lease
+	16, // 72: dstm.lease.v1.Hosts.Renew:output_type -> dstm.lease.v1.Lease
+	19, // 73: dstm.lease.v1.Hosts.Release:output_type -> dstm.lease.v1.ReleaseReply
+	22, // 74: dstm.lease.v1.Resolvers.WatchHosts:output_type -> dstm.lease.v1.HostEvent
+	26, // 75: dstm.lease.v1.Resolvers.Hint:output_type -> dstm.lease.v1.HintReply
+	33, // 76: dstm.lease.v1.Teps.Sync:output_type -> dstm.lease.v1.SyncDown
+	39, // 77: dstm.lease.v1.Gateways.Question:output_type -> dstm.lease.v1.QuestionReply
+	47, // 78: dstm.lease.v1.Operators.ListLeases:output_type -> dstm.lease.v1.LeaseInfo
+	49, // 79: dstm.lease.v1.Operators.Who:output_type -> dstm.lease.v1.WhoReply
+	53, // 80: dstm.lease.v1.Operators.Pools:output_type -> dstm.lease.v1.PoolsReply
+	60, // 81: dstm.lease.v1.Operators.ListTeps:output_type -> dstm.lease.v1.TepsReply
+	62, // 82: dstm.lease.v1.Operators.Revoke:output_type -> dstm.lease.v1.RevokeReply
+	57, // 83: dstm.lease.v1.Operators.FenceTep:output_type -> dstm.lease.v1.FenceTepReply
+	59, // 84: dstm.lease.v1.Operators.RemoveTep:output_type -> dstm.lease.v1.RemoveTepReply
+	70, // [70:85] is the sub-list for method output_type
+	55, // [55:70] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_dstm_lease_v1_lease_proto_init() }
@@ -4755,25 +4850,25 @@ func file_dstm_lease_v1_lease_proto_init() {
 		(*AttendDown_Offer)(nil),
 		(*AttendDown_Revoke)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[18].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[19].OneofWrappers = []any{
 		(*HostEvent_Upsert)(nil),
 		(*HostEvent_Delete)(nil),
 		(*HostEvent_InSync)(nil),
 		(*HostEvent_Pool)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[23].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[24].OneofWrappers = []any{
 		(*SyncUp_Hello)(nil),
 		(*SyncUp_Beat)(nil),
 		(*SyncUp_Ack)(nil),
 		(*SyncUp_Table)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[29].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[30].OneofWrappers = []any{
 		(*SyncDown_Session)(nil),
 		(*SyncDown_Snapshot)(nil),
 		(*SyncDown_Batch)(nil),
 		(*SyncDown_Upload)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[38].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[39].OneofWrappers = []any{
 		(*Record_Bind)(nil),
 		(*Record_Unbind)(nil),
 		(*Record_Pool)(nil),
@@ -4784,7 +4879,7 @@ func file_dstm_lease_v1_lease_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dstm_lease_v1_lease_proto_rawDesc), len(file_dstm_lease_v1_lease_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   59,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   5,
 		},
