@@ -62,7 +62,7 @@ func (a operatorsAPI) Pools(context.Context, *leasev1.PoolsRequest) (*leasev1.Po
 			Size: uint32(st.Size), Bound: uint32(st.Bound), Revoking: uint32(st.Revoking), HeldDown: uint32(st.Hold),
 			Free: uint32(st.Free + st.Reserved), Peak: uint32(u.peak), PeakDay: uint32(u.peakDay),
 			WindowMs: wire.FromDuration(u.window), Binds: u.binds, Ends: u.ends, TakenMs: uint64(u.area.Milliseconds()),
-			DryMs: wire.FromDuration(u.dry),
+			DryMs: wire.FromDuration(u.dry), Cut: uint32(st.Cut), SetsFree: uint32(st.SetsFree), SetsUsed: uint32(st.SetsUsed),
 		})
 	}
 	return rep, nil

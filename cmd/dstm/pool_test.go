@@ -13,8 +13,8 @@ import (
 	"github.com/dstm-project/dstm/leasesvc/leaseclient"
 )
 
-// pools are those of the fake lease service: one whose service started just now, one in use, one that is dry, one that was
-// never used, one whose hosts went away.
+// pools are those of the fake lease service: one whose service started just now, one in use, one that is dry, one that
+// went over to port sets, one that was never used, one whose hosts went away.
 func pools() []leaseclient.PoolInfo {
 	p := func(name, prefix string) lease.Pool {
 		return lease.Pool{Name: name, Prefix: netip.MustParsePrefix(prefix), TEP: netip.MustParseAddr("2001:db8:a::1")}
@@ -31,6 +31,10 @@ func pools() []leaseclient.PoolInfo {
 		{
 			Pool: p("dry", "203.0.113.16/31"), Size: 2, Bound: 2,
 			Peak: 2, PeakDay: 2, Window: time.Hour, Binds: 4, Ends: 2, Mean: 1.5, Hosts: 200,
+		},
+		{
+			Pool: p("cut", "203.0.113.128/27"), Size: 32, Bound: 5, Revoking: 1, HeldDown: 2, Free: 1, Cut: 23, SetsFree: 3, SetsUsed: 365,
+			Peak: 32, PeakDay: 31, Window: time.Hour, Binds: 4000, Ends: 4000, Mean: 31, Hosts: 2000,
 		},
 		{Pool: p("unused", "203.0.113.32/30"), Size: 4, Free: 4, Window: time.Hour, Hosts: 200},
 		{Pool: p("left", "203.0.113.64/26"), Size: 64, HeldDown: 20, Free: 44, Window: time.Hour, Binds: 300, Ends: 300, Mean: 25, Hosts: 3},
@@ -66,10 +70,11 @@ func TestAdviseArguments(t *testing.T) {
 		{"both", append(given, "--measured", "busy"), usage, "--measured says how hosts use addresses: leave out --use and --tail"},
 		{"nameless", []string{"--measured", ""}, usage, "--measured wants the name of a pool"},
 		{"nobody to ask", []string{"--measured", "busy"}, usage, "no lease service: neither"},
-		{"no such pool", append(server, "--measured", "x"), usage, `--measured "x": no such pool; there are main, busy, dry, unused, left`},
+		{"no such pool", append(server, "--measured", "x"), usage, `--measured "x": no such pool; there are main, busy, dry, cut, unused, left`},
 		{"too early", append(server, "--measured", "main"), failed, "pool main was measured for 3m0s: want 10m0s, ask again later"},
 		{"no use", append(server, "--measured", "unused"), failed, "pool unused: no address was taken in the last 1h0m0s"},
 		{"too full", append(server, "--measured", "dry"), failed, "pool dry is too full to tell what hosts want: 31 % of requests find no address; add addresses, then measure"},
+		{"cut", append(server, "--measured", "cut"), failed, "pool cut has so few addresses that 23 are leased by port sets: add addresses, then measure"},
 		{"by nobody", append(server, "--measured", "left"), failed, "pool left: 25.0 addresses were taken on average, but 3 hosts attend: who took them is not known"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

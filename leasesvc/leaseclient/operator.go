@@ -65,6 +65,9 @@ type PoolInfo struct {
 	lease.Pool
 	Size, Bound, Revoking, HeldDown, Free uint32
 
+	Cut                uint32 // addresses leased by port sets
+	SetsFree, SetsUsed uint32 // their port sets
+
 	Peak, PeakDay uint32        // most addresses taken at once: since the service started, in the last 24 h
 	Window        time.Duration // the last hour, or since the service started: what Binds, Ends and Mean are of
 	Binds, Ends   uint64        // leases that began and ended
@@ -92,6 +95,7 @@ func (c *Conn) Pools(ctx context.Context) ([]PoolInfo, error) {
 			Size: p.GetSize(), Bound: p.GetBound(), Revoking: p.GetRevoking(), HeldDown: p.GetHeldDown(), Free: p.GetFree(),
 			Peak: p.GetPeak(), PeakDay: p.GetPeakDay(), Window: wire.Duration(p.GetWindowMs()), Binds: p.GetBinds(), Ends: p.GetEnds(),
 			Mean: float64(p.GetTakenMs()) / float64(max(1, p.GetWindowMs())), Dry: wire.Duration(p.GetDryMs()), Hosts: rep.GetHosts(),
+			Cut: p.GetCut(), SetsFree: p.GetSetsFree(), SetsUsed: p.GetSetsUsed(),
 		})
 	}
 	return out, nil

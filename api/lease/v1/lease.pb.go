@@ -3996,6 +3996,9 @@ type PoolInfo struct {
 	Ends          uint64                 `protobuf:"varint,14,opt,name=ends,proto3" json:"ends,omitempty"`                         // leases that ended
 	TakenMs       uint64                 `protobuf:"varint,15,opt,name=taken_ms,json=takenMs,proto3" json:"taken_ms,omitempty"`    // sum of the times for which addresses were neither free nor reserved
 	DryMs         uint32                 `protobuf:"varint,16,opt,name=dry_ms,json=dryMs,proto3" json:"dry_ms,omitempty"`          // until no address is free at the trend of the last ten minutes; 0 = no such trend
+	Cut           uint32                 `protobuf:"varint,17,opt,name=cut,proto3" json:"cut,omitempty"`                           // addresses leased by port sets, which are none of the above but size, peak and taken
+	SetsFree      uint32                 `protobuf:"varint,18,opt,name=sets_free,json=setsFree,proto3" json:"sets_free,omitempty"` // of the cut addresses
+	SetsUsed      uint32                 `protobuf:"varint,19,opt,name=sets_used,json=setsUsed,proto3" json:"sets_used,omitempty"` // leased, revoking or held down
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4138,6 +4141,27 @@ func (x *PoolInfo) GetTakenMs() uint64 {
 func (x *PoolInfo) GetDryMs() uint32 {
 	if x != nil {
 		return x.DryMs
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetCut() uint32 {
+	if x != nil {
+		return x.Cut
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetSetsFree() uint32 {
+	if x != nil {
+		return x.SetsFree
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetSetsUsed() uint32 {
+	if x != nil {
+		return x.SetsUsed
 	}
 	return 0
 }
@@ -4905,7 +4929,7 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\vBackupChunk\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\x12\x16\n" +
 	"\x06sha256\x18\x02 \x01(\fR\x06sha256\"\x0e\n" +
-	"\fPoolsRequest\"\xfb\x02\n" +
+	"\fPoolsRequest\"\xc7\x03\n" +
 	"\bPoolInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06prefix\x18\x02 \x01(\aR\x06prefix\x12\x12\n" +
@@ -4923,7 +4947,10 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x05binds\x18\r \x01(\x04R\x05binds\x12\x12\n" +
 	"\x04ends\x18\x0e \x01(\x04R\x04ends\x12\x19\n" +
 	"\btaken_ms\x18\x0f \x01(\x04R\atakenMs\x12\x15\n" +
-	"\x06dry_ms\x18\x10 \x01(\rR\x05dryMs\"Q\n" +
+	"\x06dry_ms\x18\x10 \x01(\rR\x05dryMs\x12\x10\n" +
+	"\x03cut\x18\x11 \x01(\rR\x03cut\x12\x1b\n" +
+	"\tsets_free\x18\x12 \x01(\rR\bsetsFree\x12\x1b\n" +
+	"\tsets_used\x18\x13 \x01(\rR\bsetsUsed\"Q\n" +
 	"\n" +
 	"PoolsReply\x12-\n" +
 	"\x05pools\x18\x01 \x03(\v2\x17.dstm.lease.v1.PoolInfoR\x05pools\x12\x14\n" +
