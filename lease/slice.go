@@ -476,6 +476,9 @@ func (c *Core) Knows(host string) bool {
 	return fixed || previous
 }
 
+// Waits reports whether an address is REVOKING, so that FenceTo could move it on.
+func (c *Core) Waits() bool { return c.lists[Revoking].head >= 0 }
+
 // Lookup returns one address with its last record, whatever its state.
 func (c *Core) Lookup(now time.Duration, r Resource) (Info, bool) {
 	i, ok := c.index(r)

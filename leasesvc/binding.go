@@ -11,6 +11,7 @@ import (
 	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
 	"github.com/dstm-project/dstm/internal/wire"
 	"github.com/dstm-project/dstm/lease"
+	"github.com/dstm-project/dstm/leasesvc/policy"
 	"github.com/dstm-project/dstm/leasesvc/store"
 )
 
@@ -26,6 +27,7 @@ type answer struct {
 	pending *store.Pending
 	at      time.Duration
 	wait    lease.Rev // neither: the revoke at this revision has to be fenced first
+	text    string    // of the policy that refused
 }
 
 // Bind implements the Hosts service.
@@ -62,11 +64,11 @@ func (a hostsAPI) Bind(ctx context.Context, m *leasev1.BindRequest) (*leasev1.Le
 	if err := a.s.checkSource(c, source); err != nil {
 		return nil, err
 	}
-	ans := a.s.bind(id, ev)
+	ans := a.s.bind(ctx, id, ev, false)
 	if ans.wait != 0 {
 		// The host moves: its address follows it once no gateway forwards to the old source any more.
 		ev.Hurry = !a.s.awaitFence(ctx, ans.wait)
-		ans = a.s.bind(id, ev)
+		ans = a.s.bind(ctx, id, ev, true)
 	}
 	return a.s.answered(ctx, c, ans, "bind")
 }
@@ -136,23 +138,25 @@ func (a hostsAPI) Release(ctx context.Context, m *leasev1.ReleaseRequest) (*leas
 	return &leasev1.ReleaseReply{}, nil
 }
 
-// coresFor returns the core that has the host's lease; else first those that have had it or keep an address for it, then
-// the others, in order of the configuration. The caller holds mu.
-func (s *Server) coresFor(host string) []*lease.Core {
-	if r, ok := s.cell.Where(host); ok {
-		if c := s.core(r); c != nil {
-			return []*lease.Core{c}
-		}
+// coresFor returns the core that has the host's lease, or the one that it takes along; else first those that have had it or
+// keep an address for it, then the others, in order of the configuration. The caller holds mu.
+func (s *Server) coresFor(ev lease.Bind) (cores []*lease.Core, holds bool) {
+	r, ok := s.cell.Where(ev.Host)
+	if !ok && ev.From.Gen != 0 {
+		r, ok = ev.From.Resource, true
+	}
+	if c := s.core(r); ok && c != nil {
+		return []*lease.Core{c}, true
 	}
 	out := make([]*lease.Core, 0, len(s.cores))
 	for _, known := range []bool{true, false} {
 		for _, c := range s.cores {
-			if c.Knows(host) == known {
+			if c.Knows(ev.Host) == known {
 				out = append(out, c)
 			}
 		}
 	}
-	return out
+	return out, false
 }
 
 // capPortSets is what a gateway says that it can do when it can forward for port sets.
@@ -190,34 +194,73 @@ func (s *Server) awaitFence(ctx context.Context, rev lease.Rev) bool {
 	}
 }
 
-// bind steps the cores in order until one is not dry.
-func (s *Server) bind(id lease.RequestID, ev lease.Bind) *answer {
+// bind asks the cores in order until one is not dry, each after the policy has allowed a lease of its pool.
+func (s *Server) bind(ctx context.Context, id lease.RequestID, ev lease.Bind, moving bool) *answer {
+	cores, holds, ans := s.beginBind(id, ev)
+	if ans != nil {
+		return ans
+	}
+	for _, c := range cores {
+		// Renewals, moves and repeated calls ask no policy. It may take its time, so mu is free meanwhile.
+		if !holds && !moving {
+			if d := s.decide(ctx, ev, c.Pool().Name); !d.Allowed() {
+				ans = &answer{deny: lease.ReasonPolicy, text: d.Reason, pending: store.Done(nil)}
+				continue
+			}
+		}
+		if ans = s.bindIn(c, ev); ans.deny != lease.ReasonPoolDry {
+			break
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if ans.wait == 0 {
+		s.settle(s.now(), id, ev.Host, ans)
+	}
+	return ans
+}
+
+// beginBind returns the cores to ask and whether the host has a lease already; or the answer, when that is all there is to it.
+func (s *Server) beginBind(id lease.RequestID, ev lease.Bind) (cores []*lease.Core, holds bool, ans *answer) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := s.now()
 	if old, ok := s.answers.Get(now.Mono, ev.Host, id); ok {
-		return old
+		return nil, false, old
 	}
-	ans := &answer{deny: lease.ReasonNoTEP, pending: s.pending, at: now.Mono}
-	ev.PortSet = ev.PortSet && s.portSets()
-	if _, ok := s.cell.Where(ev.Host); !ok && len(s.fence.Serving(now.Mono)) == 0 {
+	cores, holds = s.coresFor(ev)
+	if !holds && len(s.fence.Serving(now.Mono)) == 0 {
 		// An address that nobody forwards is of no use, and would be fenced for hours.
-		s.refusedHost(now, ev.Host, ans.deny)
-		return ans
+		s.refusedHost(now, ev.Host, lease.ReasonNoTEP)
+		return nil, false, &answer{deny: lease.ReasonNoTEP, pending: s.pending, at: now.Mono}
 	}
-	for _, c := range s.coresFor(ev.Host) {
+	return cores, holds, nil
+}
+
+// bindIn steps one core.
+func (s *Server) bindIn(c *lease.Core, ev lease.Bind) *answer {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.now()
+	ev.PortSet = ev.PortSet && s.portSets()
+	if c.Waits() {
 		s.step(now, c, lease.FenceTo{Rev: s.fence.Watermark(now.Mono)}) // or a move would wait for the sweeper
-		acts, p := s.step(now, c, ev)
-		ans.grant, ans.deny, ans.wait, ans.pending = acts.Grant, acts.Deny, acts.Wait, p
-		if ans.deny != lease.ReasonPoolDry {
-			break
-		}
 	}
-	if ans.wait != 0 {
-		return ans
+	acts, p := s.step(now, c, ev)
+	return &answer{grant: acts.Grant, deny: acts.Deny, wait: acts.Wait, pending: p, at: now.Mono}
+}
+
+// Policy decides who may have a lease; *policy.Engine in production.
+type Policy interface {
+	Decide(ctx context.Context, r policy.Request) policy.Decision
+}
+
+// decide asks the policy, if there is one.
+func (s *Server) decide(ctx context.Context, ev lease.Bind, pool string) policy.Decision {
+	if s.d.Policy == nil {
+		return policy.Decision{Verdict: policy.Allow}
 	}
-	s.settle(now, id, ev.Host, ans)
-	return ans
+	return s.d.Policy.Decide(ctx, policy.Request{Host: ev.Host, Source: ev.Source, Trigger: ev.Trigger, Pool: pool})
 }
 
 func (s *Server) renew(id lease.RequestID, ev lease.Renew) *answer {
@@ -264,7 +307,11 @@ func (s *Server) answered(ctx context.Context, c caller, ans *answer, what strin
 		return nil, undurable(err)
 	}
 	if ans.grant == nil {
-		return nil, deny(ans.deny, "%s refused: %s", what, sentence(ans.deny))
+		why := sentence(ans.deny)
+		if ans.text != "" {
+			why = ans.text
+		}
+		return nil, deny(ans.deny, "%s refused: %s", what, why)
 	}
 	g := ans.grant
 	waiting, installed := s.awaitInstalled(ctx, g.Rev)
@@ -331,6 +378,8 @@ func sentence(r lease.Reason) string {
 		return "the lease is not the live one"
 	case lease.ReasonMoved:
 		return "the lease belongs to another tunnel source"
+	case lease.ReasonPolicy:
+		return "a policy does not allow it"
 	}
 	return r.String()
 }

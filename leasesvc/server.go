@@ -25,6 +25,7 @@ type Deps struct {
 	Store    store.Store
 	TLS      *tlsid.Source
 	Server   *tls.Config // of the listener; nil = TLS.Server()
+	Policy   Policy      // nil = every authenticated host may have a lease
 	Log      *slog.Logger
 	Registry prometheus.Registerer // nil = no metrics
 }

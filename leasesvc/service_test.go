@@ -101,7 +101,10 @@ func (w *world) identity(role tlsid.Role, name string) *tlsid.Source {
 }
 
 // up starts the service over the store that is there.
-func (w *world) up() {
+func (w *world) up() { w.upWith(leasesvc.Deps{}) }
+
+// upWith is up with a policy or a registry.
+func (w *world) upWith(d leasesvc.Deps) {
 	w.t.Helper()
 	cfg, err := leasesvc.ParseConfig("test.yaml", []byte(w.config))
 	if err != nil {
@@ -115,7 +118,8 @@ func (w *world) up() {
 	if w.wrap != nil {
 		w.store.Store = w.wrap(st)
 	}
-	w.srv, err = leasesvc.New(w.t.Context(), cfg, leasesvc.Deps{Store: w.store, TLS: w.identity(tlsid.RoleSvc, "lease1"), Log: slog.New(slog.DiscardHandler)})
+	d.Store, d.TLS, d.Log = w.store, w.identity(tlsid.RoleSvc, "lease1"), slog.New(slog.DiscardHandler)
+	w.srv, err = leasesvc.New(w.t.Context(), cfg, d)
 	if err != nil {
 		w.t.Fatal(err)
 	}
