@@ -36,6 +36,8 @@ type Server struct {
 	d       Deps
 	m       *metrics
 	start   time.Time
+	limits  *limits
+	streams streams
 	cluster lease.ClusterID
 	secret  [32]byte // see proof
 
@@ -77,6 +79,8 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 		answers: lease.NewAnswers[*answer](2 * cfg.Timers.MaxValid), pending: store.Done(nil),
 	}
 	s.hosts.init()
+	s.limits = newLimits(cfg.Limits, s.m)
+	d.TLS.OnReload(s.endRevoked)
 	st, err := d.Store.Load(ctx)
 	if err != nil {
 		return nil, err
