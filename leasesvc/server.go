@@ -53,6 +53,8 @@ type Server struct {
 	caps    map[string][]string // of the gateways
 	recover *recovery           // nil once the store is known to know every lease
 
+	backup sync.Mutex // held while one is sent
+
 	acked *signal       // an acknowledgement moved the fence
 	wake  chan struct{} // the sweeper has to look again
 	fatal chan error
@@ -269,6 +271,7 @@ func (s *Server) Tasks(l net.Listener) []daemon.Task {
 	return []daemon.Task{
 		daemon.NewTask("grpc", func(ctx context.Context, ready func()) error { return s.serve(ctx, l, ready) }),
 		daemon.NewTask("sweeper", s.sweep),
+		daemon.NewTask("audit", s.retain),
 		daemon.NewTask("certificates", func(ctx context.Context, ready func()) error { ready(); return s.d.TLS.Watch(ctx) }),
 	}
 }

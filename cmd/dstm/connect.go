@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/netip"
 	"time"
@@ -25,6 +26,13 @@ type operator interface {
 	Revoke(ctx context.Context, ref lease.Ref) error
 	FenceTEP(ctx context.Context, id string) error
 	RemoveTEP(ctx context.Context, id string) error
+	archive
+}
+
+// archive is what is taken out of the lease service to be kept elsewhere.
+type archive interface {
+	AuditExport(ctx context.Context, r leaseclient.AuditRange, yield func(leaseclient.AuditEvent) error) error
+	Backup(ctx context.Context, w io.Writer) error
 }
 
 // connect prepares the calls of an operator; the returned function ends them.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -38,6 +39,9 @@ type fake struct {
 	revoked lease.Ref
 	tep     string // what was done to which gateway
 	at      time.Time
+	asked   leaseclient.AuditRange
+	events  []leaseclient.AuditEvent
+	backup  func(io.Writer) error
 }
 
 func ref(addr string, gen lease.Gen) lease.Ref {
@@ -47,6 +51,8 @@ func ref(addr string, gen lease.Gen) lease.Ref {
 var (
 	host1 = netip.MustParseAddr("2001:db8:1::a")
 	host2 = netip.MustParseAddr("2001:db8:1::b")
+
+	tepAddr = netip.MustParseAddr("2001:db8:a::1")
 )
 
 func (f *fake) Leases(_ context.Context, pool string) ([]leaseclient.LeaseInfo, error) {
@@ -88,6 +94,23 @@ func (f *fake) RemoveTEP(_ context.Context, id string) error {
 	return f.err
 }
 
+func (f *fake) AuditExport(_ context.Context, r leaseclient.AuditRange, yield func(leaseclient.AuditEvent) error) error {
+	f.asked = r
+	for _, ev := range f.events {
+		if err := yield(ev); err != nil {
+			return err
+		}
+	}
+	return f.err
+}
+
+func (f *fake) Backup(_ context.Context, w io.Writer) error {
+	if f.backup != nil {
+		return f.backup(w)
+	}
+	return f.err
+}
+
 // dstm runs the tool against a lease service.
 func dstm(t *testing.T, f *fake, args ...string) (string, error) {
 	t.Helper()
@@ -124,9 +147,9 @@ func golden(t *testing.T, name, got string) {
 
 func holdings() []leaseclient.Holding {
 	return []leaseclient.Holding{
-		{Ref: ref("198.51.100.1", lease.MakeGen(1, 42)), HostID: "host2", Host: host2, Bound: noon.Add(-30 * time.Minute)},
+		{Ref: ref("198.51.100.1", lease.MakeGen(1, 42)), HostID: "host2", Host: host2, TEP: tepAddr, Bound: noon.Add(-30 * time.Minute)},
 		{
-			Ref: ref("198.51.100.1", lease.MakeGen(1, 7)), HostID: "host1", Host: host1, Bound: noon.Add(-2 * time.Hour),
+			Ref: ref("198.51.100.1", lease.MakeGen(1, 7)), HostID: "host1", Host: host1, TEP: tepAddr, Bound: noon.Add(-2 * time.Hour),
 			Unbound: noon.Add(-time.Hour), Fenced: noon.Add(-time.Hour + time.Second), End: lease.ReasonIdle,
 		},
 	}

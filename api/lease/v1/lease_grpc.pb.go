@@ -615,13 +615,15 @@ var Gateways_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	Operators_ListLeases_FullMethodName = "/dstm.lease.v1.Operators/ListLeases"
-	Operators_Who_FullMethodName        = "/dstm.lease.v1.Operators/Who"
-	Operators_Pools_FullMethodName      = "/dstm.lease.v1.Operators/Pools"
-	Operators_ListTeps_FullMethodName   = "/dstm.lease.v1.Operators/ListTeps"
-	Operators_Revoke_FullMethodName     = "/dstm.lease.v1.Operators/Revoke"
-	Operators_FenceTep_FullMethodName   = "/dstm.lease.v1.Operators/FenceTep"
-	Operators_RemoveTep_FullMethodName  = "/dstm.lease.v1.Operators/RemoveTep"
+	Operators_ListLeases_FullMethodName  = "/dstm.lease.v1.Operators/ListLeases"
+	Operators_Who_FullMethodName         = "/dstm.lease.v1.Operators/Who"
+	Operators_Pools_FullMethodName       = "/dstm.lease.v1.Operators/Pools"
+	Operators_ListTeps_FullMethodName    = "/dstm.lease.v1.Operators/ListTeps"
+	Operators_Revoke_FullMethodName      = "/dstm.lease.v1.Operators/Revoke"
+	Operators_FenceTep_FullMethodName    = "/dstm.lease.v1.Operators/FenceTep"
+	Operators_RemoveTep_FullMethodName   = "/dstm.lease.v1.Operators/RemoveTep"
+	Operators_AuditExport_FullMethodName = "/dstm.lease.v1.Operators/AuditExport"
+	Operators_Backup_FullMethodName      = "/dstm.lease.v1.Operators/Backup"
 )
 
 // OperatorsClient is the client API for Operators service.
@@ -639,6 +641,10 @@ type OperatorsClient interface {
 	FenceTep(ctx context.Context, in *FenceTepRequest, opts ...grpc.CallOption) (*FenceTepReply, error)
 	// RemoveTep takes a fenced TEP out of the fence set.
 	RemoveTep(ctx context.Context, in *RemoveTepRequest, opts ...grpc.CallOption) (*RemoveTepReply, error)
+	// AuditExport streams the audit log in order of revision, and with follow what is written from then on.
+	AuditExport(ctx context.Context, in *AuditExportRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AuditEvent], error)
+	// Backup streams a consistent copy of the store while it goes on. The last chunk has the digest and no data.
+	Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupChunk], error)
 }
 
 type operatorsClient struct {
@@ -728,6 +734,44 @@ func (c *operatorsClient) RemoveTep(ctx context.Context, in *RemoveTepRequest, o
 	return out, nil
 }
 
+func (c *operatorsClient) AuditExport(ctx context.Context, in *AuditExportRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AuditEvent], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Operators_ServiceDesc.Streams[1], Operators_AuditExport_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[AuditExportRequest, AuditEvent]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Operators_AuditExportClient = grpc.ServerStreamingClient[AuditEvent]
+
+func (c *operatorsClient) Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupChunk], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Operators_ServiceDesc.Streams[2], Operators_Backup_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[BackupRequest, BackupChunk]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Operators_BackupClient = grpc.ServerStreamingClient[BackupChunk]
+
 // OperatorsServer is the server API for Operators service.
 // All implementations must embed UnimplementedOperatorsServer
 // for forward compatibility.
@@ -743,6 +787,10 @@ type OperatorsServer interface {
 	FenceTep(context.Context, *FenceTepRequest) (*FenceTepReply, error)
 	// RemoveTep takes a fenced TEP out of the fence set.
 	RemoveTep(context.Context, *RemoveTepRequest) (*RemoveTepReply, error)
+	// AuditExport streams the audit log in order of revision, and with follow what is written from then on.
+	AuditExport(*AuditExportRequest, grpc.ServerStreamingServer[AuditEvent]) error
+	// Backup streams a consistent copy of the store while it goes on. The last chunk has the digest and no data.
+	Backup(*BackupRequest, grpc.ServerStreamingServer[BackupChunk]) error
 	mustEmbedUnimplementedOperatorsServer()
 }
 
@@ -773,6 +821,12 @@ func (UnimplementedOperatorsServer) FenceTep(context.Context, *FenceTepRequest) 
 }
 func (UnimplementedOperatorsServer) RemoveTep(context.Context, *RemoveTepRequest) (*RemoveTepReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method RemoveTep not implemented")
+}
+func (UnimplementedOperatorsServer) AuditExport(*AuditExportRequest, grpc.ServerStreamingServer[AuditEvent]) error {
+	return status.Error(codes.Unimplemented, "method AuditExport not implemented")
+}
+func (UnimplementedOperatorsServer) Backup(*BackupRequest, grpc.ServerStreamingServer[BackupChunk]) error {
+	return status.Error(codes.Unimplemented, "method Backup not implemented")
 }
 func (UnimplementedOperatorsServer) mustEmbedUnimplementedOperatorsServer() {}
 func (UnimplementedOperatorsServer) testEmbeddedByValue()                   {}
@@ -914,6 +968,28 @@ func _Operators_RemoveTep_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Operators_AuditExport_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(AuditExportRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(OperatorsServer).AuditExport(m, &grpc.GenericServerStream[AuditExportRequest, AuditEvent]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Operators_AuditExportServer = grpc.ServerStreamingServer[AuditEvent]
+
+func _Operators_Backup_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(BackupRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(OperatorsServer).Backup(m, &grpc.GenericServerStream[BackupRequest, BackupChunk]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Operators_BackupServer = grpc.ServerStreamingServer[BackupChunk]
+
 // Operators_ServiceDesc is the grpc.ServiceDesc for Operators service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -950,6 +1026,16 @@ var Operators_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "ListLeases",
 			Handler:       _Operators_ListLeases_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "AuditExport",
+			Handler:       _Operators_AuditExport_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Backup",
+			Handler:       _Operators_Backup_Handler,
 			ServerStreams: true,
 		},
 	},

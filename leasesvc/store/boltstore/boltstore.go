@@ -3,13 +3,10 @@ package boltstore
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,27 +14,28 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
-	berrors "go.etcd.io/bbolt/errors"
-	"google.golang.org/protobuf/proto"
+	"golang.org/x/sys/unix"
 
 	storev1 "github.com/dstm-project/dstm/api/store/v1"
 	"github.com/dstm-project/dstm/lease"
 	"github.com/dstm-project/dstm/leasesvc/store"
+	"github.com/dstm-project/dstm/leasesvc/store/record"
 )
 
 // layout is the version of the buckets below; a file of another one is refused.
-const layout = 2
+const layout = 3
 
-// Buckets: meta holds one record; addresses and audit are keyed by resource (and generation), members by id, pools by
-// name.
+// Buckets: meta holds one record; addresses are keyed by resource, members by id, pools by name; see package audit for the
+// log and its index.
 var (
 	bucketMeta    = []byte("meta")
 	bucketAddress = []byte("address")
 	bucketAudit   = []byte("audit")
+	bucketIndex   = []byte("audit index")
 	bucketMember  = []byte("member")
 	bucketPool    = []byte("pool")
 	keyMeta       = []byte("meta")
-	allBuckets    = [][]byte{bucketMeta, bucketAddress, bucketAudit, bucketMember, bucketPool}
+	allBuckets    = [][]byte{bucketMeta, bucketAddress, bucketAudit, bucketIndex, bucketMember, bucketPool}
 )
 
 // Options of a store. Zero values take the defaults.
@@ -68,16 +66,16 @@ type Store struct {
 	done   chan struct{}
 }
 
+// item is a transaction or, if prune is not nil, a step of pruning.
 type item struct {
-	tx       store.Tx
-	last     lease.Rev
-	complete func(error)
+	tx        store.Tx
+	addresses []pair // of tx.Commits
+	last      lease.Rev
+	prune     *pruning
+	complete  func(error)
 }
 
-func (it item) barrier() bool {
-	tx := it.tx
-	return len(tx.Commits)+len(tx.Pools)+len(tx.Members)+len(tx.Removed) == 0 && !tx.Recovered
-}
+func (it item) barrier() bool { return it.prune == nil && it.tx.Barrier() }
 
 var _ store.Store = (*Store)(nil)
 
@@ -97,12 +95,7 @@ func Create(path string) error {
 	if err := os.Rename(tmp, path); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return fmt.Errorf("store: %w", err)
-	}
-	defer dir.Close()
-	if err := dir.Sync(); err != nil {
+	if err := syncDir(filepath.Dir(path)); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
 	return nil
@@ -119,10 +112,7 @@ func create(tmp string) error {
 				return err
 			}
 		}
-		id, secret := make([]byte, len(lease.ClusterID{})), make([]byte, len(store.State{}.Secret))
-		_, _ = rand.Read(id) // never fails, see crypto/rand
-		_, _ = rand.Read(secret)
-		return putProto(tx.Bucket(bucketMeta), keyMeta, &storev1.Meta{ClusterId: id, Secret: secret, Epoch: 1, Layout: layout})
+		return putProto(tx.Bucket(bucketMeta), keyMeta, record.NewMeta(layout))
 	})
 	return errors.Join(err, db.Close())
 }
@@ -145,10 +135,11 @@ func Open(o Options) (*Store, error) {
 	case st.Size() == 0:
 		return nil, fmt.Errorf("store %s is empty: restore a copy; a new store would lease addresses that are in use", o.Path)
 	}
-	db, last, err := openChecked(o)
-	if errors.Is(err, berrors.ErrTimeout) {
-		return nil, fmt.Errorf("store %s is locked by another process", o.Path)
+	f, err := openLocked(o.Path, os.O_RDWR, unix.LOCK_EX, o.Lock)
+	if err != nil {
+		return nil, fmt.Errorf("store %s: %w", o.Path, err)
 	}
+	db, last, err := openChecked(f)
 	if err != nil {
 		return nil, fmt.Errorf("store %s is damaged: %w: restore a copy", o.Path, err)
 	}
@@ -161,27 +152,14 @@ func Open(o Options) (*Store, error) {
 }
 
 // Load implements store.Store.
-func (s *Store) Load(context.Context) (store.State, error) {
-	var st store.State
-	err := s.db.View(func(tx *bbolt.Tx) error {
+func (s *Store) Load(context.Context) (st store.State, err error) {
+	err = s.db.View(func(tx *bbolt.Tx) error {
 		var m storev1.Meta
 		if err := getProto(tx.Bucket(bucketMeta), keyMeta, &m); err != nil {
 			return err
 		}
-		st.Cluster, st.Secret, st.Epoch = lease.ClusterID(m.ClusterId), [32]byte(m.Secret), lease.Epoch(m.Epoch)
-		st.Last, st.Wall, st.Restored = lease.Rev(m.LastRev), fromNanos(m.LastWall), m.Restored
-		return errors.Join(
-			tx.Bucket(bucketMember).ForEach(func(k, v []byte) error {
-				m, err := decodeMember(k, v)
-				st.Members = append(st.Members, m)
-				return err
-			}),
-			tx.Bucket(bucketPool).ForEach(func(k, v []byte) error {
-				p, err := decodePool(k, v)
-				st.Pools = append(st.Pools, p)
-				return err
-			}),
-		)
+		st, err = state(tx, &m)
+		return err
 	})
 	if err != nil {
 		return store.State{}, fmt.Errorf("store: %w", err)
@@ -189,11 +167,28 @@ func (s *Store) Load(context.Context) (store.State, error) {
 	return st, nil
 }
 
+// state returns what is stored beside addresses and the audit log.
+func state(tx *bbolt.Tx, m *storev1.Meta) (store.State, error) {
+	st := record.State(m)
+	return st, errors.Join(
+		tx.Bucket(bucketMember).ForEach(func(k, v []byte) error {
+			m, err := record.DecodeMember(k, v)
+			st.Members = append(st.Members, m)
+			return err
+		}),
+		tx.Bucket(bucketPool).ForEach(func(k, v []byte) error {
+			p, err := record.DecodePool(k, v)
+			st.Pools = append(st.Pools, p)
+			return err
+		}),
+	)
+}
+
 // Addresses implements store.Store.
 func (s *Store) Addresses(ctx context.Context, yield func(lease.Address) error) error {
 	return s.db.View(func(tx *bbolt.Tx) error {
 		return tx.Bucket(bucketAddress).ForEach(func(k, v []byte) error {
-			a, err := decodeAddress(k, v)
+			a, err := record.DecodeAddress(k, v)
 			if err != nil {
 				return fmt.Errorf("store: %w", err)
 			}
@@ -207,48 +202,38 @@ func (s *Store) Addresses(ctx context.Context, yield func(lease.Address) error) 
 
 // Commit implements store.Store.
 func (s *Store) Commit(tx store.Tx) *store.Pending {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	switch {
-	case s.closed:
-		return store.Done(store.ErrClosed)
-	case s.failed != nil:
-		return store.Done(s.failed)
-	}
-	last, err := sequence(tx, s.queued)
+	as, err := addresses(tx)
 	if err != nil {
 		return store.Done(err)
 	}
 	p, complete := store.NewPending()
-	s.queued = last
-	s.queue = append(s.queue, item{tx, last, complete})
-	select {
-	case s.wake <- struct{}{}:
-	default:
+	if err := s.enqueue(item{tx: tx, addresses: as, complete: complete}); err != nil {
+		return store.Done(err)
 	}
 	return p
 }
 
-// sequence checks that the revisions of tx follow on last and returns the new last.
-func sequence(tx store.Tx, last lease.Rev) (lease.Rev, error) {
-	next := func(r lease.Rev) error {
-		if r != last+1 {
-			return fmt.Errorf("%w: revision %d after %d", store.ErrOrder, r, last)
-		}
-		last = r
-		return nil
+// enqueue hands an item to the writer.
+func (s *Store) enqueue(it item) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.closed:
+		return store.ErrClosed
+	case s.failed != nil:
+		return s.failed
 	}
-	for _, c := range tx.Commits {
-		if err := next(c.Rev); err != nil {
-			return 0, err
-		}
+	last, err := it.tx.Follow(s.queued)
+	if err != nil {
+		return err
 	}
-	for _, p := range tx.Pools {
-		if err := next(p.Rev); err != nil {
-			return 0, err
-		}
+	s.queued, it.last = last, last
+	s.queue = append(s.queue, it)
+	select {
+	case s.wake <- struct{}{}:
+	default:
 	}
-	return last, nil
+	return nil
 }
 
 // write is the one writer.
@@ -287,7 +272,7 @@ func (s *Store) flush(group []item) {
 	}
 	for _, it := range group {
 		if err == nil {
-			s.ring.Publish(it.last, records(it.tx))
+			s.ring.Publish(it.last, it.tx.Records())
 		}
 		it.complete(err)
 	}
@@ -313,56 +298,33 @@ func (s *Store) fail(err error) {
 	s.failed = err
 }
 
-func records(tx store.Tx) []lease.Record {
-	out := make([]lease.Record, 0, len(tx.Commits)+len(tx.Pools))
-	for _, c := range tx.Commits {
-		out = append(out, c.Record)
-	}
-	return append(out, tx.Pools...)
-}
-
 // Watch implements store.Store.
 func (s *Store) Watch(after lease.Rev) store.Watcher { return s.ring.Watch(after) }
 
-// History implements store.Store.
-func (s *Store) History(ctx context.Context, addr netip.Addr, yield func(lease.Audit) bool) error {
-	if !addr.Is4() {
-		return fmt.Errorf("store: address %s is not IPv4", addr)
-	}
-	return s.db.View(func(tx *bbolt.Tx) error {
-		var found []lease.Audit // by resource and generation; history is by generation
-		prefix := addr.AsSlice()
-		c := tx.Bucket(bucketAudit).Cursor()
-		for k, v := c.Seek(prefix); k != nil && string(k[:4]) == string(prefix); k, v = c.Next() {
-			a, err := decodeAudit(k, v)
-			if err != nil {
-				return err
-			}
-			found = append(found, a)
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-		}
-		sortNewestFirst(found)
-		for _, a := range found {
-			if !yield(a) {
-				return nil
-			}
-		}
-		return nil
-	})
-}
-
-// Snapshot implements store.Store. What it writes is a store file.
-func (s *Store) Snapshot(_ context.Context, w io.Writer) error {
+// Snapshot implements store.Store. What it writes is a store file. As long as it writes, pages that change are kept: w
+// should be a file.
+func (s *Store) Snapshot(ctx context.Context, w io.Writer) error {
 	err := s.db.View(func(tx *bbolt.Tx) error {
-		_, err := tx.WriteTo(w)
+		_, err := tx.WriteTo(writerUntil{ctx, w})
 		return err
 	})
 	if err != nil {
 		return fmt.Errorf("store: snapshot: %w", err)
 	}
 	return nil
+}
+
+// writerUntil writes until a context ends.
+type writerUntil struct {
+	ctx context.Context
+	w   io.Writer
+}
+
+func (w writerUntil) Write(b []byte) (int, error) {
+	if err := w.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return w.w.Write(b)
 }
 
 // Close implements store.Store.
@@ -381,41 +343,4 @@ func (s *Store) Close() error {
 	<-s.done
 	s.ring.Close()
 	return s.db.Close()
-}
-
-func putProto(b *bbolt.Bucket, k []byte, m proto.Message) error {
-	v, err := proto.Marshal(m)
-	if err != nil {
-		return err
-	}
-	return b.Put(k, v)
-}
-
-func getProto(b *bbolt.Bucket, k []byte, m proto.Message) error {
-	v := b.Get(k)
-	if v == nil {
-		return fmt.Errorf("record %q is missing", k)
-	}
-	return proto.Unmarshal(v, m)
-}
-
-// resourceKey is address, psid length, psid: 7 bytes, big endian, so that keys sort by address.
-func resourceKey(r lease.Resource) []byte {
-	k := append(make([]byte, 0, 15), r.Addr.AsSlice()...)
-	k = append(k, r.PSIDLen)
-	return binary.BigEndian.AppendUint16(k, r.PSID)
-}
-
-func decodeResource(k []byte) (lease.Resource, error) {
-	if len(k) < 7 {
-		return lease.Resource{}, fmt.Errorf("key of %d bytes: want 7 or more", len(k))
-	}
-	r := lease.Resource{Addr: netip.AddrFrom4([4]byte(k)), PSIDLen: k[4], PSID: binary.BigEndian.Uint16(k[5:])}
-	return r, r.Valid()
-}
-
-// duration reads milliseconds; what is longer than the configuration allows (7 days) is read as a year.
-func duration(ms uint64) time.Duration {
-	const year = 365 * 24 * time.Hour
-	return time.Duration(min(ms, uint64(year/time.Millisecond))) * time.Millisecond
 }
