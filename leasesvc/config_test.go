@@ -41,6 +41,25 @@ func TestReferencePolicy(t *testing.T) {
 	}
 }
 
+// TestPolicyDefaults: keys that a section leaves out keep their defaults.
+func TestPolicyDefaults(t *testing.T) {
+	b, err := os.ReadFile("../deploy/leasesvc.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, section := range []string{"policy: {quotas: {per_host: {binds: 3, window: 1m}}}\n", "policy: {}\n", ""} {
+		head, rest, _ := strings.Cut(string(b), "policy:  ")
+		_, tail, _ := strings.Cut(rest, "\nadmin:")
+		c, err := leasesvc.ParseConfig("leasesvc.yaml", []byte(head+section+"admin:"+tail))
+		if err != nil {
+			t.Fatalf("%q: %v", section, err)
+		}
+		if p := c.Policy; p.Budget != 50*time.Millisecond || p.Dir != "/run/dstm-leasesvc" {
+			t.Errorf("%q: budget %s, dir %s", section, p.Budget, p.Dir)
+		}
+	}
+}
+
 // TestConfigErrors changes one thing of the reference at a time.
 func TestConfigErrors(t *testing.T) {
 	b, err := os.ReadFile("../deploy/leasesvc.yaml")
