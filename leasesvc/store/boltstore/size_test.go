@@ -61,7 +61,7 @@ func (e *events) bind() lease.Commit {
 	e.n++
 	a := lease.Address{
 		Resource: lease.Whole(address(i)), State: lease.Bound, Gen: lease.MakeGen(1, e.rev+1), MTU: 1460, Valid: 15 * time.Minute,
-		Host: fmt.Sprintf("host%020d", e.rng.IntN(1e6)), Source: netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, 1, byte(i >> 8), byte(i), 7, 15: byte(i)}),
+		Host: fmt.Sprintf("host%020d", e.n), Source: netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, 1, byte(i >> 8), byte(i), 7, 15: byte(i)}),
 		TEP: netip.MustParseAddr("2001:db8:a::1"), Trigger: lease.TriggerDNS, BoundAt: e.wall(),
 	}
 	e.live = append(e.live, a)
