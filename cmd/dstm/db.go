@@ -87,6 +87,9 @@ func (a *app) backupCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
+		if len(r.Problems) > 0 {
+			return fmt.Errorf("%s is what the service has, but it contradicts itself: %w", file, errors.Join(r.Problems...))
+		}
 		return a.printReport("backup is whole", viewReport(file, r))
 	})
 	cmd.Flags().StringVarP(&file, "output", "o", "", "`file` to write")

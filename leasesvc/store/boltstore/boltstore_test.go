@@ -2,6 +2,7 @@ package boltstore
 
 import (
 	"bytes"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -61,7 +62,7 @@ func open(t *testing.T, o Options) *Store {
 
 func put(t *testing.T, s *Store, rev lease.Rev) {
 	t.Helper()
-	a := lease.Address{Resource: lease.Whole(netip.AddrFrom4([4]byte{198, 51, byte(rev >> 8), byte(rev)})), State: lease.Bound, Gen: lease.MakeGen(1, rev), Rev: rev, Host: "h"}
+	a := lease.Address{Resource: lease.Whole(netip.AddrFrom4([4]byte{198, 51, byte(rev >> 8), byte(rev)})), State: lease.Bound, Gen: lease.MakeGen(1, rev), Rev: rev, Host: fmt.Sprint("host", rev)}
 	if err := s.Commit(store.Tx{Commits: []lease.Commit{{Rev: rev, Address: a, Audit: a.Audit()}}}).Wait(t.Context()); err != nil {
 		t.Fatal(err)
 	}

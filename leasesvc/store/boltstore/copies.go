@@ -98,22 +98,24 @@ func (c *Copies) Run(ctx context.Context, ready func()) error {
 	}
 }
 
-// Make makes one copy, checks it and removes those that are too many. Commits go on meanwhile.
+// Make makes one copy, checks it and removes those that are too many. Commits go on meanwhile. A damaged copy is not kept,
+// and neither is an older one removed; one whose records contradict each other is, and is an error, too.
 func (c *Copies) Make(ctx context.Context) (string, error) {
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
 		return "", err
 	}
 	now := time.Now()
 	path := filepath.Join(c.Dir, copyName(now))
-	err := writeFile(path, func(w io.Writer) error { return c.Store.Snapshot(ctx, w) }, func(tmp string) error {
-		r, err := Check(tmp, func(store.AuditEvent) error { return ctx.Err() })
-		return errors.Join(append(r.Problems, err)...)
+	var r Report
+	err := writeFile(path, func(w io.Writer) error { return c.Store.Snapshot(ctx, w) }, func(tmp string) (err error) {
+		r, err = Check(tmp, func(store.AuditEvent) error { return ctx.Err() })
+		return err
 	})
 	if err != nil {
 		return "", err
 	}
 	c.newest.Store(now.UnixNano())
-	return path, c.clean()
+	return path, errors.Join(append(r.Problems, c.clean())...)
 }
 
 // clean removes copies that are too many, and what was left of one that was broken off.
@@ -148,11 +150,12 @@ func list(dir string) ([]string, error) {
 	return out, nil
 }
 
-// Receive writes a store file that comes from elsewhere and checks it. The file is replaced only when what came is whole.
+// Receive writes a store file that comes from elsewhere and checks it. The file is replaced only by one that is whole;
+// its records may contradict each other, see Report.Problems.
 func Receive(path string, write func(io.Writer) error) (r Report, err error) {
 	err = writeFile(path, write, func(tmp string) error {
 		r, err = Check(tmp, nil)
-		return errors.Join(append(r.Problems, err)...)
+		return err
 	})
 	if err != nil {
 		return r, fmt.Errorf("%s: %w", path, err)

@@ -46,21 +46,27 @@ type meta struct {
 	pages, transactions uint64
 }
 
-// readMeta finds the meta pages. The second one stands at the page size, which is not known if the first is damaged.
-func readMeta(b []byte) (best meta, err error) {
-	err = errors.New("no valid meta page")
-	for size := 1 << 10; size <= 1<<16; size <<= 1 {
-		for _, at := range []int{0, size} {
-			m, ok := metaAt(b, at)
-			if ok && m.pageSize == size && (err != nil || m.transactions > best.transactions) {
-				best, err = m, nil
-			}
-		}
+// readMeta returns the newest meta page. Both must be good: one that is written is a few bytes of one sector, old or new
+// after a power cut, so one that is neither is damage, and what the newest transaction wrote may be lost with it.
+func readMeta(b []byte) (meta, error) {
+	first, ok := metaAt(b, 0)
+	if !ok {
+		return meta{}, errors.New("meta page 0 is damaged")
 	}
-	if err == nil && (best.pages < smallestPages || best.pages > uint64(len(b)/best.pageSize)) {
+	if n := first.pageSize; n < 1<<10 || n > 1<<16 || n&(n-1) != 0 {
+		return meta{}, fmt.Errorf("pages of %d bytes", n)
+	}
+	best, ok := metaAt(b, first.pageSize)
+	switch {
+	case !ok || best.pageSize != first.pageSize:
+		return meta{}, errors.New("meta page 1 is damaged")
+	case first.transactions > best.transactions:
+		best = first
+	}
+	if best.pages < smallestPages || best.pages > uint64(len(b)/best.pageSize) {
 		return meta{}, fmt.Errorf("file of %d bytes: want %d pages of %d", len(b), best.pages, best.pageSize)
 	}
-	return best, err
+	return best, nil
 }
 
 func metaAt(b []byte, at int) (meta, bool) {

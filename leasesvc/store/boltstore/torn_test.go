@@ -124,9 +124,18 @@ func (im *image) equal(o image) bool {
 	return im.rev == o.rev && maps.Equal(im.state, o.state) && slices.Equal(im.audit, o.audit)
 }
 
+// cut is what happens to a disk, and what may become of a store then.
+type cut int
+
+const (
+	power  cut = iota // between two syncs; the store opens
+	sector            // in the middle of a sector, which disks do not do: opens, or is refused
+	lying             // and pages are lost that were synced: never opens as it was before
+)
+
 // TestTorn cuts the power in every transaction, at every point between its two syncs: whichever of its pages are on the
-// disk, whole or in part, the store opens with all that was acknowledged, and with nothing else. If the disk even breaks
-// its word and loses pages that were synced before the meta page, that is damage and not silence.
+// disk, whole or in part, the store opens with all that was acknowledged, and with nothing else. If the disk breaks its
+// word and loses pages that were synced before the meta page, that is damage and not silence.
 func TestTorn(t *testing.T) {
 	ims := images(t, 16)
 	rng := rand.New(rand.NewPCG(3, 3))
@@ -140,26 +149,26 @@ func TestTorn(t *testing.T) {
 			}
 			return pageSize
 		})
-		try := func(what string, synced bool, how func(id int) int) {
+		try := func(what string, cut cut, how func(id int) int) {
 			t.Helper()
 			got := outcome(t, tear(a.bytes, b.bytes, how))
 			switch {
-			case got == nil && !synced:
+			case got == nil && cut != power:
 				refused++
 			case got == nil:
 				t.Errorf("transaction %d, %s: refused as damaged", i, what)
 			case got.equal(b):
 				after++
-			case got.equal(a) && synced:
+			case got.equal(a) && cut != lying:
 				before++
 			default:
 				t.Errorf("transaction %d, %s: opens at revision %d, between %d and %d", i, what, got.rev, a.rev, b.rev)
 			}
 		}
 		some := func() int { return rng.IntN(pageSize/512+1) * 512 }
-		try("all", true, func(int) int { return pageSize })
+		try("all", power, func(int) int { return pageSize })
 		for range 4 {
-			try("some pages, no meta page", true, func(id int) int {
+			try("some pages, no meta page", power, func(id int) int {
 				if id < 2 {
 					return 0
 				}
@@ -167,7 +176,7 @@ func TestTorn(t *testing.T) {
 			})
 		}
 		for n := 8; n < 80; n += 8 {
-			try(fmt.Sprint("meta page cut at ", n), true, func(id int) int {
+			try(fmt.Sprint("meta page cut at ", n), sector, func(id int) int {
 				if id < 2 {
 					return n
 				}
@@ -177,13 +186,13 @@ func TestTorn(t *testing.T) {
 		for range 12 {
 			lost := data[rng.IntN(len(data))]
 			keep := some()
-			try(fmt.Sprint("lost page ", lost, " but for ", keep), false, func(id int) int {
+			try(fmt.Sprint("lost page ", lost, " but for ", keep), lying, func(id int) int {
 				if id == lost {
 					return keep
 				}
 				return pageSize
 			})
-			try("lost pages", false, func(id int) int {
+			try("lost pages", lying, func(id int) int {
 				if id < 2 {
 					return pageSize
 				}
