@@ -57,6 +57,8 @@ var onlyImporters = []struct {
 	{"github.com/google/nftables", []string{"internal/netcfg", "hostd"}},
 	{"github.com/cilium/ebpf", []string{"dataplane/tc"}},
 	{"go.etcd.io/bbolt", []string{"leasesvc/store/boltstore"}},
+	{"go.etcd.io/etcd/client", []string{"leasesvc/store/etcdstore"}},
+	{"go.etcd.io/etcd/server", []string{"leasesvc/store/etcdstore/etcdtest"}}, // members for tests
 	{"github.com/caddyserver/certmagic", []string{"internal/acme"}},
 	{"github.com/coredns", []string{"plugin/dstm", "cmd/coredns"}},
 	{"github.com/spf13/cobra", []string{"cmd/dstm", "hack/man"}},
@@ -67,7 +69,8 @@ var libraries = []string{"plugin/dstm", "leasesvc", "tepd", "hostd"}
 
 // adapters are constructed in cmd and handed in.
 var adapters = []string{
-	"bgp/gobgp", "bgp/speaker", "dataplane/tc", "leasesvc/store/boltstore", "internal/acme", "internal/plugproc",
+	"bgp/gobgp", "bgp/speaker", "dataplane/tc", "leasesvc/store/boltstore", "leasesvc/store/etcdstore", "internal/acme",
+	"internal/plugproc",
 }
 
 // stdlibOnly packages import nothing but the standard library and each other.
@@ -169,6 +172,8 @@ func TestRulesCanFail(t *testing.T) {
 		{"leasesvc/leaseclient", module + "leasesvc"},
 		{"internal/daemon", module + "cmd/tepd"},
 		{"plugin/dstm", "go.etcd.io/bbolt"},
+		{"leasesvc", "go.etcd.io/etcd/client/v3"},
+		{"leasesvc/store/etcdstore", "go.etcd.io/etcd/server/v3/embed"},
 	} {
 		if len(violations([]pkg{{ImportPath: module + c.from, Imports: []string{c.to}}})) == 0 {
 			t.Errorf("%s importing %s is not found", c.from, c.to)
