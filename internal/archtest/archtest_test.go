@@ -57,7 +57,7 @@ var onlyImporters = []struct {
 	{"github.com/google/nftables", []string{"internal/netcfg", "hostd"}},
 	{"github.com/cilium/ebpf", []string{"dataplane/tc"}},
 	{"go.etcd.io/bbolt", []string{"leasesvc/store/boltstore"}},
-	{"go.etcd.io/etcd/client", []string{"leasesvc/store/etcdstore"}},
+	{"go.etcd.io/etcd/client", []string{"leasesvc/store/etcdstore", "leasesvc/store/etcdstore/etcdtest"}},
 	{"go.etcd.io/etcd/server", []string{"leasesvc/store/etcdstore/etcdtest"}}, // members for tests
 	{"github.com/caddyserver/certmagic", []string{"internal/acme"}},
 	{"github.com/coredns", []string{"plugin/dstm", "cmd/coredns"}},

@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
@@ -30,9 +32,13 @@ const (
 
 // client is a connection to one etcd cluster. Every call through it has a deadline and asks for a member that knows a
 // leader.
+//
+// Calls go to one member until it fails; then to the next. (The client's own balancer goes round, so that one member that
+// hangs would hold up every third call.)
 type client struct {
-	*clientv3.Client
-	call    time.Duration // deadline of one call
+	members []*clientv3.Client // one an endpoint
+	current atomic.Int32       // index of the one in use
+	call    time.Duration      // deadline of one call
 	keys    keys
 	cluster uint64 // id of the etcd cluster that answers, 0 = not known yet
 }
@@ -42,15 +48,38 @@ func dial(o Options) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := clientv3.New(clientv3.Config{
-		Endpoints: o.Endpoints, TLS: t, DialTimeout: o.TTL,
-		DialKeepAliveTime: pingEvery, DialKeepAliveTimeout: pingTimeout,
-		Logger: zap.NewNop(), DialOptions: o.dial,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("etcd: %w", err)
+	c := &client{call: o.TTL / callsPerTTL, keys: newKeys(o.Prefix)}
+	for _, e := range o.Endpoints {
+		m, err := clientv3.New(clientv3.Config{
+			Endpoints: []string{e}, TLS: t, DialTimeout: o.TTL, MaxUnaryRetries: 1,
+			DialKeepAliveTime: pingEvery, DialKeepAliveTimeout: pingTimeout,
+			Logger: zap.NewNop(), DialOptions: o.dial,
+		})
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("etcd: endpoint %s: %w", e, err), c.Close())
+		}
+		c.members = append(c.members, m)
 	}
-	return &client{Client: c, call: o.TTL / callsPerTTL, keys: newKeys(o.Prefix)}, nil
+	return c, nil
+}
+
+// Close closes the connections.
+func (c *client) Close() error {
+	var errs []error
+	for _, m := range c.members {
+		errs = append(errs, m.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// use runs a call on the member in use. After an error that may be this member's the next call goes to another.
+func (c *client) use(f func(m *clientv3.Client) error) error {
+	i := c.current.Load()
+	err := f(c.members[i])
+	if err != nil && !isFinal(err) {
+		c.current.CompareAndSwap(i, (i+1)%int32(len(c.members)))
+	}
+	return err
 }
 
 // client returns the TLS configuration: nil without files. The certificate is read for each connection, so that a
@@ -94,11 +123,13 @@ type txn struct {
 	then, els []clientv3.Op
 }
 
-// do runs a transaction once. After an error it may have been done, or may still be done later.
-func (c *client) do(ctx context.Context, t txn) (*clientv3.TxnResponse, error) {
-	ctx, cancel := c.deadline(ctx)
-	defer cancel()
-	r, err := c.Txn(ctx).If(t.when...).Then(t.then...).Else(t.els...).Commit()
+// do runs a transaction once; ctx comes from deadline or retry. After an error it may have been done, or may still be
+// done later.
+func (c *client) do(ctx context.Context, t txn) (r *clientv3.TxnResponse, err error) {
+	err = c.use(func(m *clientv3.Client) error {
+		r, err = m.Txn(ctx).If(t.when...).Then(t.then...).Else(t.els...).Commit()
+		return err
+	})
 	if err == nil && c.cluster != 0 && r.Header.ClusterId != c.cluster {
 		return nil, final{fmt.Errorf("cluster %x answers at the endpoints of cluster %x", r.Header.ClusterId, c.cluster)}
 	}
@@ -107,9 +138,11 @@ func (c *client) do(ctx context.Context, t txn) (*clientv3.TxnResponse, error) {
 
 // voters checks how many members vote.
 func (c *client) voters(ctx context.Context) error {
-	ctx, cancel := c.deadline(ctx)
-	defer cancel()
-	r, err := c.MemberList(ctx)
+	var r *clientv3.MemberListResponse
+	err := c.use(func(m *clientv3.Client) (err error) {
+		r, err = m.MemberList(ctx)
+		return err
+	})
 	if err != nil {
 		return err
 	}
@@ -124,6 +157,52 @@ func (c *client) voters(ctx context.Context) error {
 		return final{fmt.Errorf("etcd with the members %s has %w", strings.Join(names, ", "), err)}
 	}
 	return nil
+}
+
+// grant makes an etcd lease.
+func (c *client) grant(ctx context.Context, ttl time.Duration) (id clientv3.LeaseID, err error) {
+	err = c.use(func(m *clientv3.Client) error {
+		r, err := m.Grant(ctx, int64(ttl/time.Second))
+		if err == nil {
+			id = r.ID
+		}
+		return err
+	})
+	return id, err
+}
+
+// renew makes an etcd lease last for its TTL from now. final(ErrLeaseNotFound) means that it ended.
+func (c *client) renew(ctx context.Context, id clientv3.LeaseID) error {
+	ctx, cancel := context.WithCancel(ctx) // ends the stream
+	defer cancel()
+	return c.use(func(m *clientv3.Client) error {
+		stream, err := pb.NewLeaseClient(m.ActiveConnection()).LeaseKeepAlive(ctx, grpc.WaitForReady(true))
+		if err != nil {
+			return err
+		}
+		if err := stream.Send(&pb.LeaseKeepAliveRequest{ID: int64(id)}); err != nil {
+			return err
+		}
+		r, err := stream.Recv()
+		if err == nil && r.TTL <= 0 {
+			return final{rpctypes.ErrLeaseNotFound}
+		}
+		return err
+	})
+}
+
+// revoke ends an etcd lease, and with it every key bound to it.
+func (c *client) revoke(id clientv3.LeaseID) error {
+	ctx, cancel := c.deadline(context.Background())
+	defer cancel()
+	err := c.use(func(m *clientv3.Client) error {
+		_, err := m.Revoke(ctx, id)
+		return err
+	})
+	if errors.Is(err, rpctypes.ErrLeaseNotFound) {
+		return nil
+	}
+	return err
 }
 
 // final marks an error that another attempt would meet again.
@@ -145,7 +224,8 @@ func isFinal(err error) bool {
 	switch e.Code() {
 	case codes.InvalidArgument:
 		return !errors.Is(err, rpctypes.ErrAuthOldRevision)
-	case codes.PermissionDenied, codes.Unauthenticated, codes.DataLoss, codes.OutOfRange:
+	case codes.PermissionDenied, codes.Unauthenticated, codes.DataLoss, codes.OutOfRange,
+		codes.NotFound:
 		return true
 	}
 	return false
@@ -155,20 +235,24 @@ func isFinal(err error) bool {
 const (
 	firstWait   = 10 * time.Millisecond
 	longestWait = 250 * time.Millisecond
-	callsPerTTL = 4
+	callsPerTTL = 5
 )
 
-// retry repeats f until it succeeds, fails for good, or patience (0 = without end) is over.
-func retry(ctx context.Context, patience time.Duration, f func() error) error {
-	start := time.Now()
+// retry repeats f until it succeeds, fails for good, or patience (0 = without end) is over. The context of an attempt
+// has a deadline, the first one's half as long: a member may hang, and the next attempt goes to another.
+func (c *client) retry(ctx context.Context, patience time.Duration, f func(ctx context.Context) error) error {
+	start, limit := time.Now(), c.call/2
 	for wait := firstWait; ; wait = min(2*wait, longestWait) {
-		err := f()
+		try, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), limit)
+		err := f(try)
+		cancel()
 		if err == nil || isFinal(err) || patience > 0 && time.Since(start) >= patience {
 			return err
 		}
 		if !sleep(ctx, wait) {
 			return ctx.Err()
 		}
+		limit = c.call
 	}
 }
 

@@ -237,8 +237,8 @@ func (s *Store) commit(c *chunk) error {
 		}
 		t.then = append(c.ops, clientv3.OpPut(s.c.keys.head, next.value))
 	}
-	err := retry(context.Background(), s.o.TTL, func() error {
-		r, err := s.c.do(context.Background(), t)
+	err := s.c.retry(context.Background(), s.o.TTL, func(ctx context.Context) error {
+		r, err := s.c.do(ctx, t)
 		if err != nil || r.Succeeded {
 			return err
 		}

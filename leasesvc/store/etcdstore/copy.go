@@ -87,7 +87,7 @@ func Restore(ctx context.Context, o Options, from io.Reader) error {
 		return err
 	}
 	defer c.Close()
-	if err := retry(ctx, o.TTL, func() error { return c.voters(ctx) }); err != nil {
+	if err := c.retry(ctx, o.TTL, c.voters); err != nil {
 		return err
 	}
 	t, err := c.campaign(ctx, o)
@@ -95,21 +95,22 @@ func Restore(ctx context.Context, o Options, from io.Reader) error {
 		return err
 	}
 	err = c.restore(ctx, o, t, from)
-	return errors.Join(err, c.revoke(t))
+	return errors.Join(err, c.revoke(t.lease))
 }
 
 // restorer writes under the prefix as long as it owns the cell and there is no store. The two records that make one come
 // last, together, after the copy was found whole.
 type restorer struct {
-	c    *client
-	o    Options
-	when []clientv3.Cmp
-	ops  []clientv3.Op
+	c     *client
+	o     Options
+	lease clientv3.LeaseID
+	when  []clientv3.Cmp
+	ops   []clientv3.Op
 }
 
 func (c *client) restore(ctx context.Context, o Options, t tenure, from io.Reader) error {
 	k := c.keys
-	w := &restorer{c: c, o: o, when: []clientv3.Cmp{
+	w := &restorer{c: c, o: o, lease: t.lease, when: []clientv3.Cmp{
 		clientv3.Compare(clientv3.CreateRevision(k.owner), "=", t.rev),
 		clientv3.Compare(clientv3.CreateRevision(k.meta), "=", 0),
 	}}
@@ -132,9 +133,6 @@ func (c *client) restore(ctx context.Context, o Options, t tenure, from io.Reade
 		if len(w.ops) < maxPuts {
 			return nil
 		}
-		if _, err := c.KeepAliveOnce(ctx, t.lease); err != nil {
-			return err
-		}
 		return w.flush(ctx)
 	})
 	if err != nil {
@@ -148,7 +146,7 @@ func (c *client) restore(ctx context.Context, o Options, t tenure, from io.Reade
 
 // finish makes what was written a store.
 func (w *restorer) finish(ctx context.Context, meta, first []byte) error {
-	r, err := w.c.do(ctx, txn{then: []clientv3.Op{clientv3.OpGet(w.c.keys.meta)}})
+	r, err := w.do(ctx, txn{then: []clientv3.Op{clientv3.OpGet(w.c.keys.meta)}})
 	if err != nil {
 		return err
 	}
@@ -177,11 +175,24 @@ func (w *restorer) finish(ctx context.Context, meta, first []byte) error {
 	return w.flush(ctx)
 }
 
+func (w *restorer) do(ctx context.Context, t txn) (*clientv3.TxnResponse, error) {
+	ctx, cancel := w.c.deadline(ctx)
+	defer cancel()
+	return w.c.do(ctx, t)
+}
+
+// flush writes what was collected. It renews the etcd lease before, for a copy may take longer than the TTL.
 func (w *restorer) flush(ctx context.Context) error {
 	if len(w.ops) == 0 {
 		return nil
 	}
-	r, err := w.c.do(ctx, txn{when: w.when, then: w.ops})
+	try, cancel := w.c.deadline(ctx)
+	err := w.c.renew(try, w.lease)
+	cancel()
+	if err != nil {
+		return err
+	}
+	r, err := w.do(ctx, txn{when: w.when, then: w.ops})
 	if err != nil {
 		return err
 	}

@@ -102,7 +102,7 @@ func Create(ctx context.Context, o Options) error {
 	}
 	defer c.Close()
 	m := &storev1.EtcdMeta{Meta: record.NewMeta(layout), Cell: o.Cell}
-	return retry(ctx, o.TTL, func() error {
+	return c.retry(ctx, o.TTL, func(ctx context.Context) error {
 		if err := c.voters(ctx); err != nil {
 			return err
 		}
@@ -158,7 +158,7 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 }
 
 func (c *client) open(ctx context.Context, o Options) (*Store, error) {
-	err := retry(ctx, 0, func() error {
+	err := c.retry(ctx, 0, func(ctx context.Context) error {
 		err := c.voters(ctx)
 		if err == nil {
 			err = c.checkMeta(ctx, o)
@@ -181,7 +181,7 @@ func (c *client) open(ctx context.Context, o Options) (*Store, error) {
 		case err == nil:
 			return s, nil
 		case ctx.Err() != nil || !errors.Is(err, store.ErrNotOwner):
-			return nil, errors.Join(err, c.revoke(t))
+			return nil, errors.Join(err, c.revoke(t.lease))
 		}
 	}
 }
@@ -251,7 +251,7 @@ func (s *Store) fail(err error) {
 
 // read runs a reading transaction as owner, again until it is known that this still is the owner or the TTL is over.
 func (s *Store) read(ctx context.Context, ops ...clientv3.Op) (r *clientv3.TxnResponse, err error) {
-	err = retry(ctx, s.o.TTL, func() error {
+	err = s.c.retry(ctx, s.o.TTL, func(ctx context.Context) error {
 		r, err = s.once(ctx, ops)
 		return err
 	})
@@ -390,7 +390,7 @@ func (s *Store) Close() error {
 		<-s.kept
 		s.ring.Close()
 		// If etcd cannot be reached, the next one waits for the TTL instead.
-		_ = s.c.revoke(s.tenure)
+		_ = s.c.revoke(s.tenure.lease)
 		s.closeBy = s.c.Close()
 	})
 	return s.closeBy

@@ -17,13 +17,16 @@ import (
 // shared is the cluster of all tests that leave its members alone; each test has a prefix of its own.
 var shared *etcdtest.Cluster
 
-func TestMain(m *testing.M) { os.Exit(testMain(m)) }
+func TestMain(m *testing.M) {
+	etcdtest.Main()
+	os.Exit(testMain(m))
+}
 
 func testMain(m *testing.M) int {
 	dir, err := os.MkdirTemp("", "etcdstore")
 	if err == nil {
 		defer os.RemoveAll(dir)
-		shared, err = etcdtest.Start(dir, 3, nil)
+		shared, err = etcdtest.Start(etcdtest.Options{Dir: dir, Members: 3})
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -30,7 +30,9 @@ type tenure struct {
 func (c *client) campaign(ctx context.Context, o Options) (tenure, error) {
 	value := fmt.Sprintf("%s %s", o.Name, rand.Text())
 	for told := ""; ; {
-		t, holder, err := c.take(ctx, o.TTL, value)
+		try, cancel := c.deadline(ctx)
+		t, holder, err := c.take(try, o.TTL, value)
+		cancel()
 		switch {
 		case ctx.Err() != nil:
 			return tenure{}, ctx.Err()
@@ -74,9 +76,9 @@ func (c *client) take(ctx context.Context, ttl time.Duration, value string) (t t
 	})
 	switch {
 	case err != nil:
-		return tenure{}, "", errors.Join(err, c.revoke(t))
+		return tenure{}, "", errors.Join(err, c.revoke(t.lease))
 	case !r.Succeeded:
-		return tenure{}, holderOf(r, 0), c.revoke(t)
+		return tenure{}, holderOf(r, 0), c.revoke(t.lease)
 	}
 	t.rev = r.Header.Revision
 	return t, "", nil
@@ -93,26 +95,6 @@ func holderOf(r *clientv3.TxnResponse, i int) string {
 		return "somebody"
 	}
 	return name
-}
-
-func (c *client) grant(ctx context.Context, ttl time.Duration) (clientv3.LeaseID, error) {
-	ctx, cancel := c.deadline(ctx)
-	defer cancel()
-	r, err := c.Grant(ctx, int64(ttl/time.Second))
-	if err != nil {
-		return 0, err
-	}
-	return r.ID, nil
-}
-
-// revoke ends a tenure, at once if etcd can be reached.
-func (c *client) revoke(t tenure) error {
-	ctx, cancel := c.deadline(context.Background())
-	defer cancel()
-	if _, err := c.Revoke(ctx, t.lease); err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
-		return err
-	}
-	return nil
 }
 
 // checkMeta reads the record that says whose store this is.
@@ -185,11 +167,11 @@ func (s *Store) keep() {
 func (s *Store) renew() error {
 	ctx, cancel := s.c.deadline(s.ctx)
 	defer cancel()
-	if _, err := s.c.KeepAliveOnce(ctx, s.tenure.lease); errors.Is(err, rpctypes.ErrLeaseNotFound) {
+	if err := s.c.renew(ctx, s.tenure.lease); errors.Is(err, rpctypes.ErrLeaseNotFound) {
 		return fmt.Errorf("%w: its etcd lease %x ended", store.ErrNotOwner, s.tenure.lease)
 	} else if err != nil {
 		return err
 	}
-	_, err := s.once(s.ctx, nil)
+	_, err := s.once(ctx, nil)
 	return err
 }

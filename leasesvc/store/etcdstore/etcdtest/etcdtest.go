@@ -1,156 +1,179 @@
-// Package etcdtest runs real etcd members inside a test's process, on loopback and in files of the test.
+// Package etcdtest runs real etcd members for tests: child processes of the test's own binary, on loopback, that can be
+// killed and paused.
 package etcdtest
 
 import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
-	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
+	"syscall"
 	"time"
 
-	"go.etcd.io/etcd/server/v3/embed"
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 )
 
-// patience is how long a member may take to come up.
+// patience is how long the cluster may take to come up.
 const patience = 30 * time.Second
 
-// Cluster is a set of members that can be stopped and started again.
+// Options of a cluster.
+type Options struct {
+	Dir     string // members keep their files below it
+	Members int
+	TLS     TLS         // of the members; none = plain text
+	Client  *tls.Config // of the cluster's own client
+}
+
+// Cluster is a set of members.
 type Cluster struct {
-	dir     string
 	members []*member
+	// Client talks to all members, past every Path.
+	Client *clientv3.Client
 }
 
 type member struct {
-	cfg *embed.Config
-
-	mu   sync.Mutex
-	etcd *embed.Etcd // nil = stopped
+	cfg   config
+	cmd   *exec.Cmd // nil = stopped
+	stdin io.Closer
 }
 
-// Start starts a cluster of n members with its files below dir. configure may change the configuration of each.
-func Start(dir string, n int, configure func(*embed.Config)) (*Cluster, error) {
-	c := &Cluster{dir: dir}
+// Start starts a cluster and waits until it has a leader. Main must stand in TestMain.
+func Start(o Options) (*Cluster, error) {
+	c := &Cluster{}
+	scheme := "http"
+	if o.TLS != (TLS{}) {
+		scheme = "https"
+	}
 	var initial []string
-	for i := range n {
-		cfg := embed.NewConfig()
-		cfg.Name = fmt.Sprintf("e%d", i+1)
-		cfg.Dir = filepath.Join(dir, cfg.Name)
-		cfg.Logger = "zap"
-		cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
-		urls, err := freeURLs(2)
+	for i := range o.Members {
+		hosts, err := freeHosts(2)
 		if err != nil {
 			return nil, err
 		}
-		cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = urls[:1], urls[:1]
-		cfg.ListenClientUrls, cfg.AdvertiseClientUrls = urls[1:], urls[1:]
-		if configure != nil {
-			configure(cfg)
-		}
-		c.members = append(c.members, &member{cfg: cfg})
-		initial = append(initial, cfg.Name+"="+urls[0].String())
+		name := fmt.Sprintf("e%d", i+1)
+		m := &member{cfg: config{
+			Name: name, Dir: filepath.Join(o.Dir, name), TLS: o.TLS, Peer: "http://" + hosts[0], Client: scheme + "://" + hosts[1],
+		}}
+		c.members = append(c.members, m)
+		initial = append(initial, name+"="+m.cfg.Peer)
 	}
-	var wg sync.WaitGroup
-	errs := make([]error, n)
 	for i, m := range c.members {
-		m.cfg.InitialCluster = strings.Join(initial, ",")
-		wg.Go(func() { errs[i] = m.start() })
+		m.cfg.Initial = strings.Join(initial, ",")
+		if err := c.Restart(i); err != nil {
+			return nil, errors.Join(err, c.Close())
+		}
 	}
-	wg.Wait()
-	if err := errors.Join(errs...); err != nil {
+	client, err := clientv3.New(clientv3.Config{Endpoints: c.Endpoints(), TLS: o.Client, Logger: zap.NewNop()})
+	if err != nil {
 		return nil, errors.Join(err, c.Close())
+	}
+	c.Client = client
+	for end := time.Now().Add(patience); c.Leader() < 0; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			return nil, errors.Join(fmt.Errorf("etcdtest: no leader after %s", patience), c.Close())
+		}
 	}
 	return c, nil
 }
 
-// freeURLs returns URLs of loopback ports that were free just now.
-func freeURLs(n int) ([]url.URL, error) {
-	var urls []url.URL
+// freeHosts returns addresses on loopback whose ports were free just now.
+func freeHosts(n int) ([]string, error) {
+	var out []string
 	for range n {
 		l, err := net.Listen("tcp", "[::1]:0")
 		if err != nil {
 			return nil, err
 		}
 		defer l.Close() // after all are chosen, so that they differ
-		urls = append(urls, url.URL{Scheme: "http", Host: l.Addr().String()})
+		out = append(out, l.Addr().String())
 	}
-	return urls, nil
+	return out, nil
 }
 
-func (m *member) start() error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.etcd != nil {
-		return nil
-	}
-	e, err := embed.StartEtcd(m.cfg)
+// Restart starts a stopped member, with what it has on disk.
+func (c *Cluster) Restart(i int) error {
+	m := c.members[i]
+	text, err := json.Marshal(m.cfg)
 	if err != nil {
-		return fmt.Errorf("%s: %w", m.cfg.Name, err)
+		return err
 	}
-	select {
-	case <-e.Server.ReadyNotify():
-		m.etcd = e
-		return nil
-	case err := <-e.Err():
-		e.Close()
-		return fmt.Errorf("%s: %w", m.cfg.Name, err)
-	case <-time.After(patience):
-		e.Close()
-		return fmt.Errorf("%s: not ready after %s", m.cfg.Name, patience)
+	exe, err := os.Executable()
+	if err != nil {
+		return err
 	}
+	cmd := exec.Command(exe)
+	cmd.Env = append(os.Environ(), memberEnv+"="+string(text))
+	cmd.Stderr = os.Stderr
+	if m.stdin, err = cmd.StdinPipe(); err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	m.cmd = cmd
+	return nil
 }
 
-func (m *member) stop() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.etcd != nil {
-		m.etcd.Close()
-		m.etcd = nil
+// Stop kills a member.
+func (c *Cluster) Stop(i int) {
+	m := c.members[i]
+	if m.cmd == nil {
+		return
 	}
+	_ = m.cmd.Process.Kill()
+	_ = m.cmd.Wait() // says that it was killed
+	m.stdin.Close()
+	m.cmd = nil
 }
+
+// Pause stops a member's process where it is, until Resume.
+func (c *Cluster) Pause(i int) error { return c.members[i].cmd.Process.Signal(syscall.SIGSTOP) }
+
+// Resume ends a Pause.
+func (c *Cluster) Resume(i int) error { return c.members[i].cmd.Process.Signal(syscall.SIGCONT) }
 
 // Endpoints returns the URLs for clients.
 func (c *Cluster) Endpoints() []string {
 	var out []string
 	for _, m := range c.members {
-		out = append(out, m.cfg.ListenClientUrls[0].String())
+		out = append(out, m.cfg.Client)
 	}
 	return out
 }
 
-// Leader returns the index of the member that leads, -1 without one.
+// Leader returns the index of the member that leads and has a majority behind it, -1 without one.
 func (c *Cluster) Leader() int {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if _, err := c.Client.Get(ctx, "leader?"); err != nil {
+		return -1
+	}
 	for i, m := range c.members {
-		m.mu.Lock()
-		e := m.etcd
-		m.mu.Unlock()
-		if e != nil && e.Server.Leader() == e.Server.MemberID() {
+		if m.cmd == nil {
+			continue
+		}
+		if r, err := c.Client.Status(ctx, m.cfg.Client); err == nil && r.Leader == r.Header.MemberId {
 			return i
 		}
 	}
 	return -1
 }
 
-// Stop stops a member.
-func (c *Cluster) Stop(i int) { c.members[i].stop() }
-
-// Restart starts a stopped member again, with what it has on disk.
-func (c *Cluster) Restart(i int) error { return c.members[i].start() }
-
-// Close stops all members and removes their files.
+// Close kills all members.
 func (c *Cluster) Close() error {
-	var wg sync.WaitGroup
-	for _, m := range c.members {
-		wg.Go(m.stop)
+	for i := range c.members {
+		c.Stop(i)
 	}
-	wg.Wait()
-	var errs []error
-	for _, m := range c.members {
-		errs = append(errs, os.RemoveAll(m.cfg.Dir))
+	if c.Client == nil {
+		return nil
 	}
-	return errors.Join(errs...)
+	return c.Client.Close()
 }

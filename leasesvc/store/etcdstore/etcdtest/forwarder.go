@@ -3,6 +3,7 @@ package etcdtest
 import (
 	"context"
 	"net"
+	"strings"
 	"sync"
 )
 
@@ -16,13 +17,13 @@ type Path struct {
 func (c *Cluster) Path() (*Path, error) {
 	p := &Path{}
 	for _, m := range c.members {
-		u := m.cfg.ListenClientUrls[0]
-		f, err := newForwarder(u.Host)
+		scheme, host, _ := strings.Cut(m.cfg.Client, "://")
+		f, err := newForwarder(host)
 		if err != nil {
 			p.Close()
 			return nil, err
 		}
-		p.scheme, p.to = u.Scheme, append(p.to, f)
+		p.scheme, p.to = scheme, append(p.to, f)
 	}
 	return p, nil
 }
