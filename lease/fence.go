@@ -9,9 +9,13 @@ import (
 
 // FenceConfig says how long a gateway may forward without hearing from the service.
 type FenceConfig struct {
-	FailStatic time.Duration // D: the deadline granted with every session reply, counted from the gateway's own send time
-	RatePPM    int64         // by how much the clocks of two machines may run apart; 0 = 500
-	MaxLag     time.Duration // a gateway whose acknowledgement is this late serves no more; 0 = 1s
+	// FailStatic is D: as long after its last answered heartbeat a gateway may go on while no other one has a session.
+	FailStatic time.Duration
+	// Session is d: the deadline granted with every session reply, counted from the gateway's own send time. 0 = D, for a
+	// cell with one gateway.
+	Session time.Duration
+	RatePPM int64         // by how much the clocks of two machines may run apart; 0 = 500
+	MaxLag  time.Duration // a gateway whose acknowledgement is this late serves no more; 0 = 1s
 }
 
 // FenceSet knows every gateway that may still forward for the cell, and up to which revoke all of them are fenced (F4).
@@ -21,12 +25,17 @@ type FenceConfig struct {
 // Only its current session speaks for a gateway: a Hello, from a new process (instance) or the same one, ends the
 // session before it, and what was acknowledged there counts no more. FenceSet has no clock; like Core it is used by one
 // goroutine, and now must never go back.
+//
+// A gateway that falls silent is fenced by time (F9): at the latest FailStatic after its last heartbeat, and much sooner
+// when a witness, another gateway that it would have to ask before it went on, has been in session without a break for
+// longer than the silent one's last grant can have lasted.
 type FenceSet struct {
 	cfg   FenceConfig
 	teps  map[string]*member
 	head  Rev
 	due   Rev    // the newest revision that was published MaxLag ago or earlier
 	marks []mark // publication times of later revisions, oldest first
+	rules fenceRules
 }
 
 type member struct {
@@ -34,7 +43,43 @@ type member struct {
 	live     bool
 	heard    bool // it acknowledged something in this session: the packet path has a table
 	acked    Rev
-	deadline time.Duration // the service's, later than the gateway's own
+	deadline time.Duration // later than any the gateway can reach by itself
+	silent   time.Duration // later than any grant of the service
+	long     time.Duration // later than every grant longer than the present ones
+	fenced   fenceCause
+	echo     uint64  // ServiceNS that it echoed last, in this session
+	replies  []reply // from the last one that it is known to have received on
+}
+
+// reply is the list of others that went out with a session reply.
+type reply struct {
+	session, at uint64
+	others      []string
+	received    bool // echoed
+}
+
+// fenceCause says why a gateway counts as fenced before its deadline.
+type fenceCause uint8
+
+const (
+	notFenced fenceCause = iota
+	byWitness            // F9
+	byOrder              // an operator vouches that it is off
+)
+
+// fenceRules are the conditions on a witness that the property tests weaken one at a time.
+type fenceRules struct {
+	member     func(t *member, w string) bool
+	echo       func(at uint64, silent time.Duration) bool
+	continuous func(session, horizon time.Duration) bool
+}
+
+func defaultFenceRules() fenceRules {
+	return fenceRules{
+		member:     func(t *member, w string) bool { return slices.Contains(t.Witnesses, w) },
+		echo:       func(at uint64, silent time.Duration) bool { return at-1 > uint64(silent) },
+		continuous: func(session, horizon time.Duration) bool { return session > horizon },
+	}
 }
 
 type mark struct {
@@ -51,8 +96,8 @@ type Member struct {
 	Horizon time.Duration
 	// Question is where the gateway answers the questions of others (F9), an IPv6 address and a port; zero = nowhere.
 	Question netip.AddrPort
-	// Witnesses are the gateways, sorted, that may witness against this one: those in every member list that it may act
-	// on (F9).
+	// Witnesses are the gateways, sorted, that may witness against this one: those in every list of others that it may
+	// act on (F9).
 	Witnesses []string
 }
 
@@ -64,6 +109,7 @@ type TEPStatus struct {
 	Acked    Rev  // in this session
 	Head     Rev
 	Deadline time.Duration // until the service counts it as fenced by time; 0 = it is
+	Fenced   string        // why it counts as fenced already: "time", "witness", "order"; empty = it does not
 }
 
 // NewFenceSet returns the fence set of the members that the store knows. Each may have a grant that was made just
@@ -75,46 +121,193 @@ func NewFenceSet(cfg FenceConfig, now time.Duration, head Rev, members ...Member
 	if cfg.MaxLag == 0 {
 		cfg.MaxLag = time.Second
 	}
-	f := &FenceSet{cfg: cfg, teps: map[string]*member{}, head: head, due: head}
+	if cfg.Session == 0 || cfg.Session > cfg.FailStatic {
+		cfg.Session = cfg.FailStatic
+	}
+	f := &FenceSet{cfg: cfg, teps: map[string]*member{}, head: head, due: head, rules: defaultFenceRules()}
 	for _, m := range members {
-		f.teps[m.TEP] = &member{Member: m, deadline: now + f.horizon(max(m.Horizon, cfg.FailStatic))}
+		granted := now + f.horizon(max(m.Horizon, cfg.Session))
+		f.teps[m.TEP] = &member{
+			Member: m, deadline: now + f.horizon(max(m.Horizon, cfg.FailStatic)), silent: granted, long: granted,
+		}
 	}
 	return f
 }
 
-// horizon is a grant of d on the slowest clock that is allowed.
+// horizon is a time of d on the slowest clock that is allowed.
 func (f *FenceSet) horizon(d time.Duration) time.Duration {
 	return d + time.Duration(int64(d)/1_000_000*f.cfg.RatePPM) + time.Millisecond
 }
 
 // Hello begins a session and returns the member record, which must be durable before anything is sent to the gateway.
-func (f *FenceSet) Hello(now time.Duration, tep, instance string) Member {
+func (f *FenceSet) Hello(now time.Duration, tep, instance string, question netip.AddrPort) Member {
 	m := f.teps[tep]
 	if m == nil {
-		m = &member{Member: Member{TEP: tep}}
+		m = &member{Member: Member{TEP: tep}, long: now}
 		f.teps[tep] = m
 	}
-	if m.Session++; now > m.deadline {
-		m.Horizon = 0 // whatever was granted has passed
-	}
-	m.Horizon = max(m.Horizon, f.cfg.FailStatic)
-	m.Instance = instance
-	m.acked, m.heard, m.live = 0, false, true
+	m.Session++
+	m.Instance, m.Question = instance, question
+	m.acked, m.heard, m.live, m.echo = 0, false, true, 0
 	m.deadline = max(m.deadline, now)
+	f.grantable(now, m)
 	return m.Member
 }
 
-// Grant extends the deadline of the gateway on receipt of its Hello or Heartbeat and returns the reply's GrantNS and
-// Floor. last is Cell.Last at this very moment: every revoke that may already count as fenced because the deadline had
-// run out is at or below it, and the gateway applies those before it forwards again (F7).
-func (f *FenceSet) Grant(now time.Duration, tep string, session uint64, last Rev) (grant time.Duration, floor Rev, err error) {
+// grantable makes the member record cover the grant that would be made now, and returns that grant. One that cannot be
+// asked cannot ask either: it would stop after d when the service does, so it gets D, and no witness can speak against it.
+func (f *FenceSet) grantable(now time.Duration, m *member) time.Duration {
+	grant := f.cfg.Session
+	if !m.Question.IsValid() {
+		grant = f.cfg.FailStatic
+	}
+	if now > m.long {
+		m.Horizon = 0 // whatever was granted for longer has passed
+	}
+	m.Horizon = max(m.Horizon, grant)
+	return grant
+}
+
+// Granted is what a session reply says.
+type Granted struct {
+	Session    time.Duration // GrantNS
+	FailStatic time.Duration // FailStaticNS
+	Floor      Rev
+	ServiceNS  uint64
+	Others     []Peer
+	// Member, when not nil, must be durable before the reply leaves.
+	Member *Member
+}
+
+// Grant extends the deadline of the gateway on receipt of its Hello or Heartbeat. last is Cell.Last at this very moment:
+// every revoke that may already count as fenced because the deadline had run out is at or below it, and the gateway
+// applies those before it forwards again (F7).
+func (f *FenceSet) Grant(now time.Duration, tep string, session uint64, last Rev) (Granted, error) {
 	m, err := f.current(tep, session)
 	if err != nil {
-		return 0, 0, err
+		return Granted{}, err
 	}
+	before := m.Horizon
+	grant := f.grantable(now, m)
+	m.fenced = notFenced
 	m.deadline = max(m.deadline, now+f.horizon(f.cfg.FailStatic))
-	return f.cfg.FailStatic, last, nil
+	m.silent = max(m.silent, now+f.horizon(grant))
+	if grant == m.Horizon {
+		m.long = m.silent
+	}
+	g := Granted{Session: grant, FailStatic: f.cfg.FailStatic, Floor: last, ServiceNS: uint64(now) + 1}
+	var names []string
+	if m.Question.IsValid() {
+		for _, name := range f.names(func(o *member) bool { return o != m && o.live && o.Question.IsValid() }) {
+			names = append(names, name)
+			g.Others = append(g.Others, Peer{TEP: name, Question: f.teps[name].Question})
+		}
+	}
+	m.replies = append(m.replies, reply{session: session, at: g.ServiceNS, others: names})
+	if f.rewitness(m) || m.Horizon != before {
+		rec := m.Member
+		g.Member = &rec
+	}
+	return g, nil
 }
+
+// maxReplies bounds what is kept of replies that were not echoed. Without the oldest the newest must do: their lists count
+// all the same, since whoever is missing in one of them stays out.
+const maxReplies = 64
+
+// rewitness works out who may witness against a gateway: those in the list of the last reply that it is known to have and
+// in all later ones. It reports whether the member record changed.
+func (f *FenceSet) rewitness(m *member) bool {
+	if len(m.replies) > maxReplies {
+		a, b := m.replies[0], m.replies[1]
+		b.others = slices.DeleteFunc(slices.Clone(b.others), func(n string) bool { return !slices.Contains(a.others, n) })
+		m.replies = slices.Delete(m.replies, 0, 1)
+		m.replies[0] = b
+	}
+	var w []string
+	for i, r := range m.replies {
+		if i == 0 {
+			w = slices.Clone(r.others)
+			continue
+		}
+		w = slices.DeleteFunc(w, func(n string) bool { return !slices.Contains(r.others, n) })
+	}
+	// Replies of before a restart of the service are not here: until one of ours is echoed, the stored set bounds it.
+	if len(m.replies) > 0 && !m.replies[0].received {
+		w = slices.DeleteFunc(w, func(n string) bool { return !slices.Contains(m.Witnesses, n) })
+	}
+	if slices.Equal(w, m.Witnesses) {
+		return false
+	}
+	m.Witnesses = w
+	return true
+}
+
+// Beat notes what a heartbeat says beside asking for a Grant, which comes after it: which reply it has, and for how long
+// it has been in session. It returns the member record, when that changed; it may become durable at leisure.
+func (f *FenceSet) Beat(tep string, b Heartbeat) (*Member, error) {
+	m, err := f.current(tep, b.Session)
+	if err != nil {
+		return nil, err
+	}
+	changed := false
+	if i := slices.IndexFunc(m.replies, func(r reply) bool { return r.session == b.Session && r.at == b.EchoServiceNS }); i >= 0 && b.EchoServiceNS != 0 {
+		m.replies = slices.Delete(m.replies, 0, i)
+		m.replies[0].received = true
+		m.echo = b.EchoServiceNS
+		changed = f.rewitness(m)
+	}
+	for _, t := range f.teps {
+		f.witness(t, m, time.Duration(b.ContinuousNS))
+	}
+	if changed {
+		rec := m.Member
+		return &rec, nil
+	}
+	return nil, nil
+}
+
+// witness fences a silent gateway when w proves that nobody has told it to go on (F9): w has an answer from after the
+// last grant of t ran out, and has been in session since before the last question whose answer t could still live on.
+func (f *FenceSet) witness(t, w *member, continuous time.Duration) {
+	if t == w || t.fenced != notFenced || w.echo == 0 {
+		return
+	}
+	if f.rules.member(t, w.TEP) && f.rules.echo(w.echo, t.silent) && f.rules.continuous(continuous, f.horizon(t.Horizon)) {
+		t.fenced = byWitness
+	}
+}
+
+// Order notes that an operator vouches for a gateway being off. It holds until the gateway says Hello.
+func (f *FenceSet) Order(tep string) error {
+	m := f.teps[tep]
+	switch {
+	case m == nil:
+		return fmt.Errorf("gateway %s is not in the fence set", tep)
+	case m.live:
+		return fmt.Errorf("gateway %s has a live stream: it is not off", tep)
+	}
+	m.fenced = byOrder
+	return nil
+}
+
+// Remove takes a gateway that is fenced out of the set.
+func (f *FenceSet) Remove(now time.Duration, tep string) error {
+	m := f.teps[tep]
+	switch {
+	case m == nil:
+		return fmt.Errorf("gateway %s is not in the fence set", tep)
+	case m.live:
+		return fmt.Errorf("gateway %s has a live stream: take it out of service first", tep)
+	case m.may(now):
+		return fmt.Errorf("gateway %s may still forward for %s: wait, or fence it", tep, (m.deadline - now).Round(time.Second))
+	}
+	delete(f.teps, tep)
+	return nil
+}
+
+// may reports whether the gateway may still forward.
+func (m *member) may(now time.Duration) bool { return m.fenced == notFenced && now <= m.deadline }
 
 // Ack notes what the gateway's packet path holds.
 func (f *FenceSet) Ack(tep string, session uint64, applied Rev) error {
@@ -171,11 +364,11 @@ func (f *FenceSet) advance(now time.Duration) {
 }
 
 // Watermark returns the newest revision whose revoke is fenced at now: every member has, in its current session,
-// acknowledged it, or is fenced by time. MaxRev when no member can forward at all. The answer holds for now only.
+// acknowledged it, or is fenced by time, witness or order. MaxRev when no member can forward at all. The answer holds for now only.
 func (f *FenceSet) Watermark(now time.Duration) Rev {
 	low := MaxRev
 	for _, m := range f.teps {
-		if now <= m.deadline {
+		if m.may(now) {
 			low = min(low, m.acked)
 		}
 	}
@@ -184,7 +377,7 @@ func (f *FenceSet) Watermark(now time.Duration) Rev {
 
 // Waiting returns the members, sorted, that still have to be fenced for a revoke at rev.
 func (f *FenceSet) Waiting(now time.Duration, rev Rev) []string {
-	return f.names(func(m *member) bool { return now <= m.deadline && m.acked < rev })
+	return f.names(func(m *member) bool { return m.may(now) && m.acked < rev })
 }
 
 // Serving returns the gateways, sorted, that a Bind waits for: a live stream, and no revision unacknowledged for MaxLag.
@@ -224,7 +417,7 @@ func (f *FenceSet) names(want func(*member) bool) []string {
 func (f *FenceSet) Next(now time.Duration) (time.Duration, bool) {
 	at, ok := time.Duration(0), false
 	for _, m := range f.teps {
-		if m.deadline >= now && (!ok || m.deadline < at) {
+		if m.may(now) && (!ok || m.deadline < at) {
 			at, ok = m.deadline, true
 		}
 	}
@@ -237,10 +430,13 @@ func (f *FenceSet) Status(now time.Duration) []TEPStatus {
 	out := make([]TEPStatus, 0, len(f.teps))
 	for _, name := range f.names(func(*member) bool { return true }) {
 		m := f.teps[name]
-		out = append(out, TEPStatus{
-			Member: m.Member, Live: m.live, Serving: f.serves(m), Acked: m.acked, Head: f.head,
-			Deadline: max(0, m.deadline-now),
-		})
+		st := TEPStatus{Member: m.Member, Live: m.live, Serving: f.serves(m), Acked: m.acked, Head: f.head}
+		if m.may(now) {
+			st.Deadline = m.deadline - now
+		} else {
+			st.Fenced = [...]string{notFenced: "time", byWitness: "witness", byOrder: "order"}[m.fenced]
+		}
+		out = append(out, st)
 	}
 	return out
 }

@@ -1,6 +1,7 @@
 package lease_test
 
 import (
+	"net/netip"
 	"reflect"
 	"testing"
 	"time"
@@ -25,13 +26,13 @@ func TestFenceSet(t *testing.T) {
 	}
 
 	now := horizon
-	m := f.Hello(now, "old", "y")
+	m := f.Hello(now, "old", "y", netip.AddrPort{})
 	if want := (lease.Member{TEP: "old", Instance: "y", Session: 8, Horizon: d}); !reflect.DeepEqual(m, want) {
 		t.Errorf("member %+v, want %+v", m, want)
 	}
-	grant, floor, err := f.Grant(now, "old", 8, 10)
-	if grant != d || floor != 10 || err != nil {
-		t.Errorf("grant %s floor %d: %v", grant, floor, err)
+	g, err := f.Grant(now, "old", 8, 10)
+	if g.Session != d || g.Floor != 10 || g.Member != nil || err != nil {
+		t.Errorf("grant %+v: %v", g, err)
 	}
 	if err := f.Ack("old", 7, 10); err == nil || err.Error() != "gateway old speaks in session 7, its session is 8" {
 		t.Errorf("ack of an old session: %v", err)
@@ -48,11 +49,11 @@ func TestFenceSet(t *testing.T) {
 	if got := f.Watermark(now); got != 10 {
 		t.Errorf("watermark %d", got)
 	}
-	f.Hello(now, "old", "z")
+	f.Hello(now, "old", "z", netip.AddrPort{})
 	if got := f.Watermark(now); got != 0 {
 		t.Errorf("an ack of the session before counts: watermark %d", got)
 	}
-	if _, _, err := f.Grant(now, "new", 1, 10); err == nil || err.Error() != "gateway new has no session" {
+	if _, err := f.Grant(now, "new", 1, 10); err == nil || err.Error() != "gateway new has no session" {
 		t.Errorf("grant to a stranger: %v", err)
 	}
 }
@@ -61,29 +62,163 @@ func TestFenceSet(t *testing.T) {
 func TestShorterFailStatic(t *testing.T) {
 	const long, short = 4 * time.Hour, 10 * time.Minute
 	f := lease.NewFenceSet(lease.FenceConfig{FailStatic: long}, 0, 1)
-	m := f.Hello(0, "tep1", "a")
-	if _, _, err := f.Grant(0, "tep1", 1, 1); err != nil {
+	m := f.Hello(0, "tep1", "a", netip.AddrPort{})
+	if _, err := f.Grant(0, "tep1", 1, 1); err != nil {
 		t.Fatal(err)
 	}
 	f = lease.NewFenceSet(lease.FenceConfig{FailStatic: short}, 0, 1, m) // restart
 	if got := f.Watermark(long - time.Second); got != 0 {
 		t.Errorf("the gateway may still forward, yet revisions up to %d count as fenced", got)
 	}
-	if m = f.Hello(time.Minute, "tep1", "a"); m.Horizon != long {
+	if m = f.Hello(time.Minute, "tep1", "a", netip.AddrPort{}); m.Horizon != long {
 		t.Errorf("horizon %s while the long grant may run, want %s", m.Horizon, long)
 	}
 	at, _ := f.Next(0)
 	if got := f.Watermark(at); got != lease.MaxRev {
 		t.Errorf("past every grant: watermark %d", got)
 	}
-	if m = f.Hello(at, "tep1", "a"); m.Horizon != short {
+	if m = f.Hello(at, "tep1", "a", netip.AddrPort{}); m.Horizon != short {
 		t.Errorf("horizon %s after every grant, want %s", m.Horizon, short)
 	}
 }
 
+// TestWitness walks the rules of F9 from the service's side. d is 30 s, so its horizon is 30.016 s.
+func TestWitness(t *testing.T) {
+	const d, D = 30 * time.Second, 4 * time.Hour
+	q := netip.MustParseAddrPort("[2001:db8:3::1]:3546")
+	type world struct {
+		*lease.FenceSet
+		echo map[string]uint64
+	}
+	grant := func(t *testing.T, w *world, now time.Duration, tep string) lease.Granted {
+		t.Helper()
+		g, err := w.Grant(now, tep, 1, 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.echo[tep] = g.ServiceNS
+		return g
+	}
+	beat := func(t *testing.T, w *world, tep string, continuous time.Duration) {
+		t.Helper()
+		if _, err := w.Beat(tep, lease.Heartbeat{Session: 1, EchoServiceNS: w.echo[tep], ContinuousNS: uint64(continuous)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// start is two gateways in session at 0 s that know of each other.
+	start := func(t *testing.T) *world {
+		w := &world{lease.NewFenceSet(lease.FenceConfig{FailStatic: D, Session: d}, 0, 10), map[string]uint64{}}
+		for _, tep := range []string{"t", "w"} {
+			w.Hello(0, tep, "i", q)
+		}
+		for range 2 {
+			for _, tep := range []string{"t", "w"} {
+				grant(t, w, 0, tep)
+				beat(t, w, tep, 0)
+			}
+		}
+		return w
+	}
+	fenced := func(w *world, now time.Duration) bool { return w.Watermark(now) != 0 || len(w.Waiting(now, 10)) == 1 }
+	s := time.Second
+	t.Run("who is asked", func(t *testing.T) {
+		w := start(t)
+		g := grant(t, w, s, "t")
+		if want := []lease.Peer{{TEP: "w", Question: q}}; !cmp.Equal(g.Others, want, opaque) || g.Session != d || g.FailStatic != D || g.Member != nil {
+			t.Errorf("%+v, want others %v and nothing to store", g, want)
+		}
+		w.Close("w", 1)
+		if g = grant(t, w, 2*s, "t"); len(g.Others) != 0 || g.Member == nil || len(g.Member.Witnesses) != 0 {
+			t.Errorf("%+v, want nobody to ask, and that to be stored first", g)
+		}
+	})
+	t.Run("fenced by a witness", func(t *testing.T) {
+		w := start(t)
+		w.Close("t", 1)
+		beat(t, w, "w", 31*s) // of a reply from before
+		grant(t, w, 31*s, "w")
+		if fenced(w, 31*s) {
+			t.Error("fenced by an answer from before the grant of the silent one had passed")
+		}
+		beat(t, w, "w", 30*s) // not longer than d and its margin
+		if fenced(w, 32*s) {
+			t.Error("fenced by a session that is too short")
+		}
+		beat(t, w, "w", 31*s)
+		if !fenced(w, 32*s) {
+			t.Error("not fenced by a witness")
+		}
+		if st := w.Status(32 * s)[0]; st.Fenced != "witness" || st.Deadline != 0 {
+			t.Errorf("status %+v", st)
+		}
+		w.Hello(33*s, "t", "j", q)
+		if _, err := w.Grant(33*s, "t", 2, 10); err != nil || fenced(w, 33*s) {
+			t.Errorf("still fenced in a new session: %v", err)
+		}
+	})
+	t.Run("without a witness", func(t *testing.T) {
+		w := start(t)
+		w.Close("w", 1)
+		grant(t, w, s, "t") // t has nobody to ask from here on
+		beat(t, w, "t", s)
+		w.Close("t", 1)
+		w.Hello(2*s, "w", "i", q)
+		g, err := w.Grant(100*s, "w", 2, 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Beat("w", lease.Heartbeat{Session: 2, EchoServiceNS: g.ServiceNS, ContinuousNS: uint64(98 * s)}); err != nil {
+			t.Fatal(err)
+		}
+		if fenced(w, 100*s) {
+			t.Error("fenced by one that the silent gateway does not ask")
+		}
+	})
+	t.Run("after a restart", func(t *testing.T) {
+		known := lease.Member{TEP: "t", Session: 1, Horizon: d, Question: q, Witnesses: []string{"w"}}
+		f := lease.NewFenceSet(lease.FenceConfig{FailStatic: D, Session: d}, 0, 10, known, lease.Member{TEP: "w", Horizon: d, Question: q})
+		f.Hello(0, "w", "i", q)
+		for _, step := range []struct {
+			at         time.Duration
+			continuous time.Duration
+			want       bool
+		}{{29 * s, 29 * s, false}, {30 * s, 30 * s, false}, {40 * s, 31 * s, true}} {
+			g, err := f.Grant(step.at, "w", 1, 10)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := f.Beat("w", lease.Heartbeat{Session: 1, EchoServiceNS: g.ServiceNS, ContinuousNS: uint64(step.continuous)}); err != nil {
+				t.Fatal(err)
+			}
+			if got := len(f.Waiting(step.at, 10)) == 1; got != step.want {
+				t.Errorf("at %s: fenced %t, want %t", step.at, got, step.want)
+			}
+		}
+	})
+	t.Run("by order, and out", func(t *testing.T) {
+		w := start(t)
+		if err := w.Order("t"); err == nil {
+			t.Error("a gateway with a stream was called off")
+		}
+		if err := w.Order("x"); err == nil {
+			t.Error("a stranger was called off")
+		}
+		w.Close("t", 1)
+		if err := w.Remove(s, "t"); err == nil || err.Error() != "gateway t may still forward for 4h0m6s: wait, or fence it" {
+			t.Errorf("removed while it may forward: %v", err)
+		}
+		if err := w.Order("t"); err != nil || !fenced(w, s) {
+			t.Errorf("by order: %v", err)
+		}
+		if err := w.Remove(s, "t"); err != nil || len(w.Status(s)) != 1 {
+			t.Errorf("removal: %v, left %+v", err, w.Status(s))
+		}
+	})
+}
+
 func TestServing(t *testing.T) {
 	empty := lease.NewFenceSet(lease.FenceConfig{FailStatic: time.Hour}, 0, 0)
-	empty.Hello(0, "t", "i")
+	empty.Hello(0, "t", "i", netip.AddrPort{})
 	if got := empty.Serving(0); got != nil {
 		t.Errorf("before anything was acknowledged: serving %v", got)
 	}
@@ -92,7 +227,7 @@ func TestServing(t *testing.T) {
 	}
 	f := lease.NewFenceSet(lease.FenceConfig{FailStatic: time.Hour}, 0, 3)
 	ms := time.Millisecond
-	m := f.Hello(0, "t", "i")
+	m := f.Hello(0, "t", "i", netip.AddrPort{})
 	for _, step := range []struct {
 		name    string
 		at      time.Duration
@@ -119,7 +254,7 @@ func TestServing(t *testing.T) {
 	if got := f.Serving(1022 * ms); got != nil {
 		t.Errorf("without a stream: serving %v", got)
 	}
-	want := []lease.TEPStatus{{Member: m, Acked: 4, Head: 5}}
+	want := []lease.TEPStatus{{Member: m, Acked: 4, Head: 5, Fenced: "time"}}
 	if got := f.Status(1022 * ms); !cmp.Equal(got, want, opaque) {
 		t.Errorf("status %+v", got)
 	}

@@ -45,7 +45,7 @@ func (g Gen) String() string { return fmt.Sprintf("%d.%d", g.Epoch(), g.Rev()) }
 // Resource is what a lease gives: a whole IPv4 address (PSIDLen 0) or one port set of it (RFC 7597 section 5.1).
 type Resource struct {
 	Addr    netip.Addr // IPv4
-	PSIDLen uint8      // 0..15
+	PSIDLen uint8      // 0..MaxPSIDLen
 	PSID    uint16     // < 1<<PSIDLen
 }
 
@@ -57,8 +57,8 @@ func (r Resource) Valid() error {
 	switch {
 	case !r.Addr.Is4():
 		return fmt.Errorf("resource address %s is not an IPv4 address", r.Addr)
-	case r.PSIDLen > 15:
-		return fmt.Errorf("psid_len %d is above 15", r.PSIDLen)
+	case r.PSIDLen > MaxPSIDLen:
+		return fmt.Errorf("psid_len %d is above %d", r.PSIDLen, MaxPSIDLen)
 	case uint32(r.PSID) >= 1<<r.PSIDLen:
 		return fmt.Errorf("psid %d does not fit into psid_len %d", r.PSID, r.PSIDLen)
 	}

@@ -58,18 +58,21 @@ func simulate(seed uint64, bug string) (*sim, error) {
 // TestSchedules is the same over plain seeds, and sees to it that the schedules are worth something.
 func TestSchedules(t *testing.T) {
 	const schedules = 3000
-	reuses := 0
+	reuses, alone, witness := 0, 0, 0
 	for seed := range uint64(schedules) {
 		s, err := simulate(seed, "")
 		if err != nil {
 			t.Fatalf("seed %d: %v", seed, err)
 		}
-		reuses += s.reuses
+		reuses, alone, witness = reuses+s.reuses, alone+s.alone, witness+s.witness
 	}
 	if reuses < schedules {
 		t.Errorf("addresses changed hands %d times in %d schedules: too few to find anything", reuses, schedules)
 	}
-	t.Logf("addresses changed hands %d times", reuses)
+	if alone < schedules/10 {
+		t.Errorf("%d deadlines were moved without the service: too few to find anything", alone)
+	}
+	t.Logf("addresses changed hands %d times, %d deadlines moved without the service, %d gateways fenced by a witness", reuses, alone, witness)
 }
 
 // TestPlantedBugs weakens one rule at a time; the invariants must notice.

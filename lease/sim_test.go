@@ -39,12 +39,15 @@ type sim struct {
 	leases  map[string]lease.Grant       // as the hosts believe
 	until   map[string]time.Duration     // what was promised to them
 	reuses  int                          // addresses that changed hands
+	alone   int                          // deadlines that a gateway moved without the service
+	witness int                          // times that a gateway was fenced by a witness
 }
 
 // gate is a gateway: a process, and a packet path that outlives it.
 type gate struct {
 	name     string
 	ppm      int64
+	cut      bool // no messages to and from the service
 	boots    int
 	stream   int // number of the current stream, 0 = none
 	process  int
@@ -59,10 +62,24 @@ type packet struct {
 	gate   *gate
 	stream int
 	msg    any
+	from   *gate // of a question or an answer
 }
+
+// question and answer are what gateways say to each other (F9).
+type (
+	question struct{ sent uint64 }
+	answer   struct {
+		sent  uint64
+		quiet bool
+	}
+)
+
+// simQuestion is where gateways answer each other; the simulation goes by name.
+var simQuestion = netip.MustParseAddrPort("[2001:db8:3::1]:3546")
 
 const (
 	simD    = 12 * time.Second
+	simd    = 3 * time.Second
 	simHost = "host"
 )
 
@@ -83,8 +100,8 @@ func newSim(draw func(n int) int, bug string) *sim {
 		granted: map[lease.Resource]lease.Gen{}, gens: map[lease.Resource]lease.Gen{}, leases: map[string]lease.Grant{},
 		until: map[string]time.Duration{},
 	}
-	for i, name := range []string{"tep1", "tep2"} {
-		g := &gate{name: name, ppm: int64(i*400 - 200), table: map[lease.Resource]lease.Binding{}}
+	for i, name := range []string{"tep1", "tep2", "tep3"} {
+		g := &gate{name: name, ppm: int64(i*200 - 200), table: map[lease.Resource]lease.Binding{}}
 		s.gates = append(s.gates, g)
 		s.process(g)
 	}
@@ -110,7 +127,7 @@ func (s *sim) start() {
 	}
 	core.Weaken(s.bug)
 	s.core = core
-	cfg := lease.FenceConfig{FailStatic: simD, RatePPM: 500}
+	cfg := lease.FenceConfig{FailStatic: simD, Session: simd, RatePPM: 500}
 	s.fence = lease.NewFenceSet(cfg, s.now, s.cell.Last(), slices.Collect(maps.Values(s.members))...)
 	s.fence.Weaken(s.bug)
 	for _, g := range s.gates {
@@ -121,7 +138,7 @@ func (s *sim) start() {
 func (s *sim) process(g *gate) {
 	g.process++
 	g.stream = 0
-	g.rep = replica.New(replica.Config{TEP: g.name, Instance: fmt.Sprint(g.process)})
+	g.rep = replica.New(replica.Config{TEP: g.name, Instance: fmt.Sprint(g.process), Question: simQuestion})
 }
 
 // step takes one event of the service: commit, then let it out.
@@ -176,7 +193,7 @@ func (s *sim) act() error {
 	host := fmt.Sprint(simHost, s.draw(3))
 	g := s.gates[s.draw(len(s.gates))]
 	var err error
-	switch s.draw(20) {
+	switch s.draw(24) {
 	case 0, 1:
 		err = s.bind(host, host[len(host)-1])
 	case 2:
@@ -200,10 +217,12 @@ func (s *sim) act() error {
 		s.hello(g)
 	case 11:
 		if g.session != 0 {
-			s.net = append(s.net, packet{g, g.stream, g.rep.Heartbeat(g.boot(s.now))})
+			s.net = append(s.net, packet{gate: g, stream: g.stream, msg: g.rep.Heartbeat(g.boot(s.now))})
 		}
 	case 12:
 		s.rare(g)
+	case 13, 14, 15:
+		s.ask(g)
 	default:
 		s.push()
 		err = s.deliver()
@@ -215,7 +234,7 @@ func (s *sim) act() error {
 }
 
 func (s *sim) rare(g *gate) {
-	switch s.draw(6) {
+	switch s.draw(8) {
 	case 0: // kill -9 of a gateway: its packet path stays
 		s.process(g)
 	case 1: // reboot: nothing stays
@@ -229,6 +248,12 @@ func (s *sim) rare(g *gate) {
 		g.stream, g.session = 0, 0
 	case 4:
 		s.now += simD
+	case 5:
+		g.cut = !g.cut
+	case 6:
+		for _, g := range s.gates {
+			g.cut = true // the service is gone for all
+		}
 	}
 }
 
@@ -238,7 +263,7 @@ func (s *sim) hello(g *gate) {
 	}
 	g.process++ // also numbers streams
 	g.stream, g.session, g.sent = g.process, 0, 0
-	s.net = append(s.net, packet{g, g.stream, g.rep.Hello(g.boot(s.now))})
+	s.net = append(s.net, packet{gate: g, stream: g.stream, msg: g.rep.Hello(g.boot(s.now))})
 }
 
 // check compares the packet paths with the service: I1 and I4.

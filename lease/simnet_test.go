@@ -21,7 +21,7 @@ func (s *sim) push() {
 			}
 		}
 		g.sent = b.To
-		s.net = append(s.net, packet{g, g.stream, b})
+		s.net = append(s.net, packet{gate: g, stream: g.stream, msg: b})
 	}
 }
 
@@ -36,19 +36,30 @@ func (s *sim) deliver() error {
 	}
 	p := s.net[i]
 	fate := s.draw(40)
+	if p.from == nil && p.gate.cut {
+		fate = 0
+	}
 	if fate != 1 { // 1: it comes again
 		s.net = slices.Delete(s.net, i, i+1)
 	}
-	if fate == 0 || p.stream != p.gate.stream && fate != 2 { // lost; 2: a late message of an earlier stream is seen
+	if fate == 0 || p.from == nil && p.stream != p.gate.stream && fate != 2 { // lost; 2: a late message of an earlier stream is seen
 		return nil
 	}
 	switch m := p.msg.(type) {
 	case lease.Hello:
 		s.onHello(p.gate, m)
 	case lease.Heartbeat:
-		s.reply(p.gate, m.Session, m.SentBootNS)
+		s.onBeat(p.gate, m)
 	case lease.Ack:
 		_ = s.fence.Ack(p.gate.name, m.Session, m.Applied) // an old session is refused
+	case question:
+		quiet := p.gate.rep.Asked(p.gate.boot(s.now))
+		if s.bug == "quiet at any time" {
+			quiet = true
+		}
+		s.net = append(s.net, packet{gate: p.from, msg: answer{m.sent, quiet}, from: p.gate})
+	case answer:
+		s.onAnswer(p.gate, p.from, m)
 	default:
 		p.gate.receive(s, m)
 	}
@@ -56,7 +67,7 @@ func (s *sim) deliver() error {
 }
 
 func (s *sim) onHello(g *gate, h lease.Hello) {
-	m := s.fence.Hello(s.now, g.name, h.Instance)
+	m := s.fence.Hello(s.now, g.name, h.Instance, h.Question)
 	s.members[g.name] = m
 	g.session, g.sent = m.Session, h.HaveRev
 	s.reply(g, m.Session, h.SentBootNS)
@@ -70,20 +81,80 @@ func (s *sim) onHello(g *gate, h lease.Hello) {
 		second.Records = append(second.Records, lease.BindRecord(b.Gen.Rev(), b))
 	}
 	g.sent = rev
-	s.net = append(s.net, packet{g, g.stream, first}, packet{g, g.stream, second})
+	s.net = append(s.net, packet{gate: g, stream: g.stream, msg: first}, packet{gate: g, stream: g.stream, msg: second})
 }
 
-func (s *sim) reply(g *gate, session, echo uint64) {
-	d, floor, err := s.fence.Grant(s.now, g.name, session, s.cell.Last())
+func (s *sim) onBeat(g *gate, b lease.Heartbeat) {
+	was := s.fenced()
+	m, err := s.fence.Beat(g.name, b)
 	if err != nil {
 		return
 	}
-	if s.bug == "floor ignored" {
-		floor = 0
+	if m != nil {
+		s.members[m.TEP] = *m
 	}
-	s.net = append(s.net, packet{g, g.stream, lease.SessionReply{
-		Session: session, EchoBootNS: echo, GrantNS: uint64(d), Floor: floor, Cluster: lease.ClusterID{1}, Epoch: 1,
+	s.witness += s.fenced() - was
+	s.reply(g, b.Session, b.SentBootNS)
+}
+
+// fenced counts the gateways fenced by a witness.
+func (s *sim) fenced() int {
+	n := 0
+	for _, st := range s.fence.Status(s.now) {
+		if st.Fenced == "witness" {
+			n++
+		}
+	}
+	return n
+}
+
+func (s *sim) reply(g *gate, session, echo uint64) {
+	gr, err := s.fence.Grant(s.now, g.name, session, s.cell.Last())
+	if err != nil {
+		return
+	}
+	if gr.Member != nil {
+		s.members[gr.Member.TEP] = *gr.Member
+	}
+	if s.bug == "floor ignored" {
+		gr.Floor = 0
+	}
+	s.net = append(s.net, packet{gate: g, stream: g.stream, msg: lease.SessionReply{
+		Session: session, EchoBootNS: echo, GrantNS: uint64(gr.Session), Floor: gr.Floor, Cluster: lease.ClusterID{1}, Epoch: 1,
+		NextBeatNS: uint64(simd / 4), ServiceNS: gr.ServiceNS, FailStaticNS: uint64(gr.FailStatic), Others: gr.Others,
 	}})
+}
+
+// ask lets a gateway that hears nothing from the service ask the others.
+func (s *sim) ask(g *gate) {
+	q, out := g.rep.Ask(g.boot(s.now))
+	s.goOn(g, out)
+	for _, p := range q.Others {
+		for _, to := range s.gates {
+			if to.name == p.TEP {
+				s.net = append(s.net, packet{gate: to, msg: question{q.Sent}, from: g})
+			}
+		}
+	}
+}
+
+func (s *sim) onAnswer(g, from *gate, a answer) {
+	at := g.boot(s.now)
+	if s.bug == "extension after the deadline" {
+		at = min(at, g.deadline)
+	}
+	out := g.rep.Answer(from.name, a.sent, a.quiet, at)
+	if s.bug == "extension from the receipt" && out.Deadline != 0 {
+		out.Deadline += at - a.sent
+	}
+	s.goOn(g, out)
+}
+
+func (s *sim) goOn(g *gate, out replica.Out) {
+	if out.Deadline != 0 {
+		s.alone++
+	}
+	g.emit(s, out)
 }
 
 // receive is the gateway daemon: apply, then acknowledge.
@@ -95,7 +166,7 @@ func (g *gate) receive(s *sim, msg any) {
 		if s.bug == "deadline from the receipt" {
 			m.GrantNS += g.boot(s.now) - m.EchoBootNS
 		}
-		out, err = g.rep.Session(m)
+		out, err = g.rep.Session(m, g.boot(s.now))
 	case lease.SnapshotChunk:
 		out, err = g.rep.Snapshot(m)
 	case lease.Batch:
@@ -131,7 +202,7 @@ func (g *gate) apply(c *replica.Change) {
 
 func (g *gate) emit(s *sim, out replica.Out) {
 	if out.Ack != nil {
-		s.net = append(s.net, packet{g, g.stream, *out.Ack})
+		s.net = append(s.net, packet{gate: g, stream: g.stream, msg: *out.Ack})
 	}
 	if out.Deadline != 0 {
 		g.deadline = out.Deadline
@@ -145,7 +216,7 @@ func (s *sim) settle() error {
 	defer func() { s.draw = draw }()
 	for _, g := range s.gates {
 		s.fence.Close(g.name, g.session)
-		g.stream, g.session = 0, 0
+		g.stream, g.session, g.cut = 0, 0, false
 	}
 	for range 60 {
 		s.now += 500 * time.Millisecond

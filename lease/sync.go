@@ -60,8 +60,11 @@ type (
 		HaveRev    Rev
 		Caps       []string
 		SentBootNS uint64
+		Question   netip.AddrPort // where the gateway answers others (F9); zero = nowhere
 	}
 	// SessionReply answers a Hello or a Heartbeat: the deadline becomes EchoBootNS + GrantNS once Floor is applied (F5, F7).
+	// Without further replies the gateway may extend it, as far as EchoBootNS + FailStaticNS, while every one of Others says
+	// that it has no session either (F9).
 	SessionReply struct {
 		Session    uint64
 		EchoBootNS uint64
@@ -71,6 +74,10 @@ type (
 		Epoch      Epoch
 		NextBeatNS uint64
 		Lagging    bool
+		ServiceNS  uint64 // when the service made this, on a clock of its own
+		// FailStaticNS is D.
+		FailStaticNS uint64
+		Others       []Peer // in order
 	}
 	// SnapshotChunk is part of a whole table at Rev; it becomes authoritative with the last chunk.
 	SnapshotChunk struct {
@@ -87,12 +94,21 @@ type (
 		To      Rev
 		Records []Record
 	}
+	// Peer is another gateway of the cell that answers questions.
+	Peer struct {
+		TEP      string
+		Question netip.AddrPort
+	}
 	// Heartbeat asks for a later deadline. Digest is over the table at Applied; 0 = not given.
 	Heartbeat struct {
 		Session    uint64
 		SentBootNS uint64
 		Applied    Rev
 		Digest     Digest
+		// EchoServiceNS is ServiceNS of the newest session reply of this session; ContinuousNS says for how long the gateway
+		// has been in session without having told another one that it is not (F9).
+		EchoServiceNS uint64
+		ContinuousNS  uint64
 	}
 	// Ack says that the packet path holds every record up to Applied (I8).
 	Ack struct {

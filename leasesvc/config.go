@@ -68,6 +68,7 @@ type TimersConfig struct {
 	Idle         time.Duration `yaml:"idle"`
 	HoldDown     time.Duration `yaml:"hold_down"`
 	RestartGrace time.Duration `yaml:"restart_grace"`
+	SessionLease time.Duration `yaml:"session_lease"`
 	FailStatic   time.Duration `yaml:"fail_static"`
 	BindWait     time.Duration `yaml:"bind_wait"`
 }
@@ -77,7 +78,7 @@ func (c *Config) Defaults() {
 	d := lease.DefaultTimers()
 	c.Timers = TimersConfig{
 		Valid: d.Valid, MinValid: d.MinValid, MaxValid: d.MaxValid, Reservation: d.Reservation, Idle: 2 * time.Minute,
-		HoldDown: d.HoldDown, RestartGrace: d.Grace, FailStatic: 4 * time.Hour, BindWait: 500 * time.Millisecond,
+		HoldDown: d.HoldDown, RestartGrace: d.Grace, SessionLease: 30 * time.Second, FailStatic: 4 * time.Hour, BindWait: 500 * time.Millisecond,
 	}
 	c.Store.Type = "bolt"
 	c.Admin = netip.MustParseAddrPort("[::1]:9545")
@@ -219,6 +220,7 @@ func (c *Config) checkTimers(r *config.Report) {
 		min, max time.Duration
 	}{
 		{"idle", t.Idle, time.Second, 24 * time.Hour},
+		{"session_lease", t.SessionLease, time.Second, t.FailStatic},
 		{"fail_static", t.FailStatic, time.Second, 7 * 24 * time.Hour},
 		{"bind_wait", t.BindWait, 0, 5 * time.Second},
 	} {
@@ -226,6 +228,16 @@ func (c *Config) checkTimers(r *config.Report) {
 			r.Errorf("$.timers."+d.key, "timer %s %s is outside %s..%s", d.key, d.v, d.min, d.max)
 		}
 	}
+}
+
+// fence says how long gateways may go on. With one gateway nobody could witness that it has stopped, so each answer lets it
+// go on for as long as it ever may.
+func (c *Config) fence() lease.FenceConfig {
+	f := lease.FenceConfig{FailStatic: c.Timers.FailStatic, Session: c.Timers.SessionLease}
+	if len(c.TEPs) == 1 {
+		f.Session = f.FailStatic
+	}
+	return f
 }
 
 func (c *Config) leaseTimers() lease.Timers {

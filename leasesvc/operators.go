@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
-	"time"
 
 	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
 	"github.com/dstm-project/dstm/internal/daemon"
@@ -46,35 +45,6 @@ func (a operatorsAPI) ListLeases(m *leasev1.ListRequest, st leasev1.Operators_Li
 		}
 	}
 	return nil
-}
-
-// maxHistory bounds a reply that asks for the whole history of an address.
-const maxHistory = 1000
-
-// Who implements the Operators service. Only whole addresses are leased, so every port of one is its holder's.
-func (a operatorsAPI) Who(ctx context.Context, m *leasev1.WhoRequest) (*leasev1.WhoReply, error) {
-	addr, at := wire.Addr4(m.GetAddr()), wire.Time(m.GetAtUnixMs())
-	rep := &leasev1.WhoReply{}
-	err := a.s.d.Store.History(ctx, addr, func(h lease.Audit) bool {
-		if !at.IsZero() && !held(h, at) {
-			return true
-		}
-		rep.Holdings = append(rep.Holdings, &leasev1.Holding{
-			HostId: h.Host, Host: wire.FromAddr6(h.Source), Res: wire.FromResource(h.Resource), Gen: uint64(h.Gen),
-			BoundMs: wire.FromTime(h.Bound), UnboundMs: wire.FromTime(h.Unbound), FencedMs: wire.FromTime(h.Fenced),
-			End: wire.FromReason(h.End),
-		})
-		return len(rep.Holdings) < maxHistory
-	})
-	if err != nil {
-		return nil, undurable(err)
-	}
-	return rep, nil
-}
-
-// held says whether packets of an address could be the holder's at a time: until every gateway was fenced.
-func held(h lease.Audit, at time.Time) bool {
-	return !at.Before(h.Bound.Truncate(time.Millisecond)) && (h.Fenced.IsZero() || !at.After(h.Fenced))
 }
 
 // Pools implements the Operators service.

@@ -76,7 +76,7 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	if err := s.loadCores(ctx, now); err != nil {
 		return nil, err
 	}
-	s.fence = lease.NewFenceSet(lease.FenceConfig{FailStatic: cfg.Timers.FailStatic}, now.Mono, st.Last, st.Members...)
+	s.fence = lease.NewFenceSet(cfg.fence(), now.Mono, st.Last, st.Members...)
 	if err := s.commitPools(ctx, now, st.Pools); err != nil {
 		return nil, err
 	}

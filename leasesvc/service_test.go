@@ -206,7 +206,7 @@ func (g *gateway) follow(s *leaseclient.Sync, synced chan struct{}) error {
 		var out replica.Out
 		switch m := m.(type) {
 		case lease.SessionReply:
-			out, err = g.r.Session(m)
+			out, err = g.r.Session(m, m.EchoBootNS)
 		case lease.SnapshotChunk:
 			out, err = g.r.Snapshot(m)
 		case lease.Batch:

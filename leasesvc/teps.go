@@ -65,7 +65,7 @@ func (a tepsAPI) Sync(st leasev1.Teps_SyncServer) error {
 	}
 	s.d.Log.Info("gateway session begins", "tep", ss.tep, "session", ss.number, "have_rev", uint64(hello.HaveRev))
 	go func() { cancel(ss.pump(ctx, w)) }()
-	go func() { cancel(ss.receive()) }()
+	go func() { cancel(ss.receive(ctx)) }()
 	<-ctx.Done()
 	err = context.Cause(ctx)
 	s.d.Log.Info("gateway session ends", "tep", ss.tep, "session", ss.number, "err", err)
@@ -89,7 +89,7 @@ func (ss *session) open(ctx context.Context, h lease.Hello) (store.Watcher, erro
 	s := ss.s
 	s.mu.Lock()
 	now := s.now()
-	m := s.fence.Hello(now.Mono, h.TEP, h.Instance)
+	m := s.fence.Hello(now.Mono, h.TEP, h.Instance, h.Question)
 	ss.number = m.Session
 	joined := s.d.Store.Commit(store.Tx{Members: []lease.Member{m}, Wall: now.Wall})
 	s.pending = joined
@@ -101,9 +101,9 @@ func (ss *session) open(ctx context.Context, h lease.Hello) (store.Watcher, erro
 	s.mu.Lock()
 	resume = resume && !s.resync[h.TEP] && h.HaveRev <= s.cell.Last()
 	delete(s.resync, h.TEP)
-	reply, err := ss.grant(h.SentBootNS)
+	reply, upto, err := ss.grant(h.SentBootNS)
 	var table []lease.Record
-	rev, upto := h.HaveRev, s.pending
+	rev := h.HaveRev
 	if !resume {
 		table, rev = s.table(), s.cell.Last()
 	}
@@ -111,7 +111,7 @@ func (ss *session) open(ctx context.Context, h lease.Hello) (store.Watcher, erro
 	if err != nil {
 		return nil, invalid(err)
 	}
-	// The table is of memory, which may be ahead of the disk.
+	// The table is of memory, which may be ahead of the disk: the grant's barrier comes behind all of it.
 	if err := s.durable(ctx, upto); err != nil {
 		return nil, undurable(err)
 	}
@@ -126,18 +126,32 @@ func (ss *session) open(ctx context.Context, h lease.Hello) (store.Watcher, erro
 	return s.d.Store.Watch(rev), nil
 }
 
-// grant extends the deadline of the gateway. The caller holds mu.
-func (ss *session) grant(sentBootNS uint64) (lease.SessionReply, error) {
+// grant extends the deadline of the gateway. The reply may leave once what is returned beside it is durable: it stands
+// behind everything that the reply rests on, and shows that this service still owns the store, or a successor that counts
+// from its own start would not know of the grant. The caller holds mu.
+func (ss *session) grant(sentBootNS uint64) (lease.SessionReply, *store.Pending, error) {
 	s := ss.s
 	now := s.now().Mono
-	d, floor, err := s.fence.Grant(now, ss.tep, ss.number, s.cell.Last())
+	g, err := s.fence.Grant(now, ss.tep, ss.number, s.cell.Last())
 	if err != nil {
-		return lease.SessionReply{}, err
+		return lease.SessionReply{}, nil, err
 	}
+	var tx store.Tx
+	if g.Member != nil {
+		tx.Members = []lease.Member{*g.Member}
+	}
+	durable := s.d.Store.Commit(tx)
 	return lease.SessionReply{
-		Session: ss.number, EchoBootNS: sentBootNS, GrantNS: uint64(d), Floor: floor, Cluster: s.cluster, Epoch: s.cell.Epoch(),
-		NextBeatNS: uint64(min(d/4, maxBeat)), Lagging: slices.Contains(s.fence.Lagging(now), ss.tep),
-	}, nil
+		Session: ss.number, EchoBootNS: sentBootNS, GrantNS: uint64(g.Session), Floor: g.Floor, Cluster: s.cluster, Epoch: s.cell.Epoch(),
+		NextBeatNS: uint64(min(g.Session/4, maxBeat)), Lagging: s.lagging(now, ss.tep),
+		ServiceNS: g.ServiceNS, FailStaticNS: uint64(g.FailStatic), Others: g.Others,
+	}, durable, nil
+}
+
+// lagging reports whether a gateway should attract no traffic because it is late, while another one is not. The caller
+// holds mu.
+func (s *Server) lagging(now time.Duration, tep string) bool {
+	return slices.Contains(s.fence.Lagging(now), tep) && len(s.fence.Serving(now)) > 0
 }
 
 // table returns every pool and binding. The caller holds mu.
@@ -204,7 +218,7 @@ func (ss *session) doubt() {
 	ss.s.resync[ss.tep] = true
 }
 
-func (ss *session) receive() error {
+func (ss *session) receive(ctx context.Context) error {
 	for {
 		m, err := ss.st.Recv()
 		if err != nil {
@@ -216,7 +230,7 @@ func (ss *session) receive() error {
 		}
 		switch v := v.(type) {
 		case lease.Heartbeat:
-			err = ss.beat(v)
+			err = ss.beat(ctx, v)
 		case lease.Ack:
 			err = ss.ack(v)
 		default:
@@ -228,7 +242,7 @@ func (ss *session) receive() error {
 	}
 }
 
-func (ss *session) beat(b lease.Heartbeat) error {
+func (ss *session) beat(ctx context.Context, b lease.Heartbeat) error {
 	s := ss.s
 	if b.Session != ss.number {
 		return fmt.Errorf("heartbeat of session %d in session %d", b.Session, ss.number)
@@ -238,10 +252,22 @@ func (ss *session) beat(b lease.Heartbeat) error {
 		s.mu.Unlock()
 		return err
 	}
-	reply, err := ss.grant(b.SentBootNS)
+	witness, err := s.fence.Beat(ss.tep, b)
+	if err != nil {
+		s.mu.Unlock()
+		return err
+	}
+	if witness != nil {
+		s.d.Store.Commit(store.Tx{Members: []lease.Member{*witness}}) // the grant's barrier comes behind it
+	}
+	reply, durable, err := ss.grant(b.SentBootNS)
 	s.mu.Unlock()
 	if err != nil {
 		return err
+	}
+	s.kick() // a witness may have fenced another one
+	if err := s.durable(ctx, durable); err != nil {
+		return undurable(err)
 	}
 	return ss.write(wire.FromSessionReply(reply))
 }

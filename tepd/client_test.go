@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -125,8 +126,7 @@ func TestOverTLS(t *testing.T) {
 	w.end()
 
 	// A gateway that the service does not know gets its sentence.
-	w = newWorld(t, testConfig)
-	w.cfg.ID = "tep9"
+	w = newWorld(t, strings.Replace(testConfig, "id: tep1", "id: tep9", 1))
 	w.kernel.links = map[string]netcfg.Link{}
 	w.g.Service = Client{conn}
 	w.start()

@@ -18,12 +18,18 @@ type Config struct {
 	Cell         string           `yaml:"cell"`
 	ID           string           `yaml:"id"` // of this gateway; the lease service's `teps` must name it
 	LeaseService LeaseService     `yaml:"lease_service"`
+	Peers        PeersConfig      `yaml:"peers"`
 	Tunnel       Tunnel           `yaml:"tunnel"`
 	BGP          BGP              `yaml:"bgp"`
 	Health       HealthConfig     `yaml:"health"`
 	Paths        Paths            `yaml:"paths"`
 	Admin        netip.AddrPort   `yaml:"admin"`
 	Log          daemon.LogConfig `yaml:"log"`
+}
+
+// PeersConfig is how the gateways of a cell ask each other whether the lease service is gone for all of them.
+type PeersConfig struct {
+	Listen netip.AddrPort `yaml:"listen"` // of this gateway, IPv6, never the anycast address; not set = neither asks nor answers
 }
 
 // LeaseService says where the lease service is and who we are to it.

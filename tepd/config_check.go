@@ -27,6 +27,7 @@ func check(c *Config, r *config.Report) {
 	}
 	checkService(&c.LeaseService, r)
 	checkTunnel(&c.Tunnel, r)
+	checkPeers(c, r)
 	if c.BGP.Enabled() {
 		checkBGP(c, r)
 	}
@@ -61,6 +62,17 @@ func checkService(s *LeaseService, r *config.Report) {
 		if f.value == "" {
 			r.Errorf("$.lease_service.tls."+f.key, "%s is missing: want the path of a PEM file", f.key)
 		}
+	}
+}
+
+func checkPeers(c *Config, r *config.Report) {
+	l := c.Peers.Listen
+	switch {
+	case !l.IsValid():
+	case !isIPv6(l.Addr()) || l.Addr().IsUnspecified() || l.Port() == 0:
+		r.Errorf("$.peers.listen", "listen %s: want an IPv6 address of this gateway's own, at which the others reach it, and a port", l)
+	case l.Addr() == c.Tunnel.Address:
+		r.Errorf("$.peers.listen", "listen %s is the tunnel address: a question would reach any gateway; want an address of this one", l)
 	}
 }
 

@@ -28,6 +28,7 @@ func TestReferenceConfig(t *testing.T) {
 			Servers: []netip.AddrPort{netip.MustParseAddrPort("[2001:db8:2::10]:3545")}, Name: "lease1.example.net",
 			TLS: tlsid.Files{Cert: "/etc/dstm/tep.pem", Key: "/etc/dstm/tep.key", CA: "/etc/dstm/ca.pem"},
 		},
+		Peers: PeersConfig{netip.MustParseAddrPort("[2001:db8:3::11]:3546")},
 		Tunnel: Tunnel{
 			Address: tepAddr, Uplinks: []string{"eth1"}, Device: "dstm0", IPv4Address: netip.MustParseAddr("192.0.2.1"),
 			Engine: "auto", HopLimit: 64, Hairpin: true,

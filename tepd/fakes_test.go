@@ -353,6 +353,16 @@ func (s *fakeSpeaker) calls() []string {
 	return slices.Clone(s.log)
 }
 
+// announced is what it announces now: nothing after the time limit of the last Set.
+func (s *fakeSpeaker) announced() []bgp.Route {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.until.IsZero() && time.Now().After(s.until) {
+		return nil
+	}
+	return s.routes
+}
+
 func (s *fakeSpeaker) limit() time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()

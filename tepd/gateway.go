@@ -23,6 +23,7 @@ import (
 	"github.com/dstm-project/dstm/dataplane"
 	"github.com/dstm-project/dstm/internal/netcfg"
 	"github.com/dstm-project/dstm/lease"
+	"github.com/dstm-project/dstm/lease/replica"
 )
 
 // Kernel is the machine's network as the kernel has it; netcfg.Config in production.
@@ -42,6 +43,7 @@ type Deps struct {
 	Path     dataplane.Gateway
 	Kernel   Kernel
 	Speakers Speakers             // nil: a configuration with bgp is refused
+	Peers    Peers                // nil: the configuration has no peers
 	Now      func() time.Duration // CLOCK_BOOTTIME
 	Log      *slog.Logger
 	Registry prometheus.Registerer // nil = no metrics
@@ -56,10 +58,13 @@ const (
 type Gateway struct {
 	cfg *Config
 	Deps
-	instance string
-	metrics  *metrics
-	view     view
-	wake     chan struct{} // the announcer has something to look at
+	metrics *metrics
+	view    view
+	wake    chan struct{} // the announcer has something to look at
+
+	// table guards the deadline and the session of rep, which other gateways ask about. The rest of rep belongs to follow.
+	table sync.Mutex
+	rep   *replica.Replica
 
 	mu       sync.Mutex // guards what follows and orders calls of Path.Configure and Kernel.Set
 	handover handover
@@ -69,8 +74,8 @@ type Gateway struct {
 // New returns a gateway that does nothing yet.
 func New(cfg *Config, d Deps) *Gateway {
 	return &Gateway{
-		cfg: cfg, Deps: d, instance: fmt.Sprintf("%016x", rand.Uint64()),
-		metrics: newMetrics(d.Registry, d.Path), wake: make(chan struct{}, 1),
+		cfg: cfg, Deps: d, metrics: newMetrics(d.Registry, d.Path), wake: make(chan struct{}, 1),
+		rep: replica.New(replica.Config{TEP: cfg.ID, Instance: fmt.Sprintf("%016x", rand.Uint64()), Question: cfg.Peers.Listen}),
 	}
 }
 
@@ -106,6 +111,10 @@ func (g *Gateway) work(ctx context.Context, conf bgp.Config, changes <-chan stru
 	eg.Go(func() error { return g.follow(ctx) })
 	eg.Go(func() error { return g.checkHealth(ctx) })
 	eg.Go(func() error { return g.watch(ctx, changes) })
+	eg.Go(func() error { return g.goOn(ctx) })
+	if g.Peers != nil {
+		eg.Go(func() error { return g.Peers.Serve(ctx, g.asked) })
+	}
 	if g.Speakers != nil {
 		eg.Go(func() error { return g.announce(ctx, conf) })
 	}

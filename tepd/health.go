@@ -72,6 +72,8 @@ func (s healthState) next(pass bool, rise, fall int) healthState {
 type probes struct {
 	synced   bool   // this process got a whole table and the packet path holds it
 	sync     string // why not
+	alone    bool   // another gateway has a session with the service, this one has not
+	lagging  bool   // the service says that another gateway should take the traffic
 	deadline time.Duration
 	now      time.Duration // CLOCK_BOOTTIME, as deadline
 	path     error         // of the packet path
@@ -92,6 +94,10 @@ func (p probes) failure() string {
 		return "no table from the lease service yet"
 	case p.deadline <= p.now:
 		return fmt.Sprintf("the deadline passed %s ago: the lease service has not answered since", (p.now - p.deadline).Round(time.Second))
+	case p.alone:
+		return "this gateway alone is cut off from the lease service: another one has a session"
+	case p.lagging:
+		return "acknowledgements to the lease service are late, and another gateway serves"
 	case p.path != nil:
 		return "packet path: " + p.path.Error()
 	case p.kernel != nil:
@@ -113,7 +119,7 @@ func (g *Gateway) probe(ctx context.Context) probes {
 	v := g.view.load()
 	p := probes{
 		synced: v.everSynced, sync: v.problem, deadline: time.Duration(v.replica.Deadline), now: g.Now(),
-		kernel: v.kernel, exit: g.cfg.Health.Exit, device: g.cfg.Tunnel.Device,
+		alone: v.alone, lagging: v.lagging && v.connected, kernel: v.kernel, exit: g.cfg.Health.Exit, device: g.cfg.Tunnel.Device,
 	}
 	_, p.path = g.Path.Counters(ctx)
 	if t, ok := g.Path.(SelfTester); ok && p.path == nil {

@@ -14,6 +14,7 @@ import (
 type metrics struct {
 	states       *prometheus.GaugeVec
 	streams      prometheus.Counter
+	questions    *prometheus.CounterVec // by answer: quiet, session, failed
 	applySeconds prometheus.Histogram
 	applied      prometheus.Gauge
 	bindings     prometheus.Gauge
@@ -33,6 +34,9 @@ func newMetrics(r prometheus.Registerer, path dataplane.Gateway) *metrics {
 		streams: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "dstm_tepd_sync_ended_total", Help: "Streams to the lease service that ended or could not be opened.",
 		}),
+		questions: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "dstm_tepd_questions_total", Help: "Questions to other gateways while the lease service was silent, by what they answered.",
+		}, []string{"answer"}),
 		applySeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "dstm_tepd_apply_seconds", Help: "Time from a change to the packet path holding it.",
 			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5},
@@ -44,7 +48,7 @@ func newMetrics(r prometheus.Registerer, path dataplane.Gateway) *metrics {
 		capped:    gauge("dstm_tepd_capped_host_routes", "Leases without a route of their own because there are more than max_host_routes; 0 = none."),
 	}
 	if r != nil {
-		r.MustRegister(m.states, m.streams, m.applySeconds, m.applied, m.bindings, m.announced, m.refused, m.capped,
+		r.MustRegister(m.states, m.streams, m.questions, m.applySeconds, m.applied, m.bindings, m.announced, m.refused, m.capped,
 			newPathCollector(path))
 	}
 	m.health(Down)

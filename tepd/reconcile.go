@@ -35,15 +35,14 @@ const (
 
 // follow keeps a stream to the lease service until ctx ends. What the packet path holds stays as it is between streams.
 func (g *Gateway) follow(ctx context.Context) error {
-	r := replica.New(replica.Config{TEP: g.cfg.ID, Instance: g.instance})
 	wait, last := retryMin, ""
 	for {
 		begun := g.Now()
-		err := g.session(ctx, r)
+		err := g.session(ctx)
 		if ctx.Err() != nil {
 			return nil
 		}
-		g.view.setSync(r.Status(), false, err.Error())
+		g.view.setSync(g.status(), false, err.Error())
 		g.metrics.streams.Inc()
 		if err.Error() != last {
 			last = err.Error()
@@ -68,13 +67,13 @@ type received struct {
 }
 
 // session runs one stream to its end, which is always an error.
-func (g *Gateway) session(ctx context.Context, r *replica.Replica) error {
+func (g *Gateway) session(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	// A service that takes the stream and says nothing must not hold us forever.
 	silence := time.AfterFunc(firstReply, cancel)
 	defer silence.Stop()
-	st, err := g.Service.Sync(ctx, func() lease.Hello { return r.Hello(uint64(g.Now())) })
+	st, err := g.Service.Sync(ctx, g.hello)
 	if err != nil {
 		return err
 	}
@@ -109,15 +108,15 @@ func (g *Gateway) session(ctx context.Context, r *replica.Replica) error {
 				beat.Reset(period)
 			}
 			silence.Reset(3*period + firstReply)
-			if err := g.take(ctx, st, r, m.msg); err != nil {
+			if err := g.take(ctx, st, m.msg); err != nil {
 				return err
 			}
 		case <-beat.C:
 			beat.Reset(period)
-			if r.Status().Session == 0 {
+			if g.status().Session == 0 {
 				continue
 			}
-			if err := st.Heartbeat(r.Heartbeat(uint64(g.Now()))); err != nil {
+			if err := st.Heartbeat(g.heartbeat()); err != nil {
 				return err
 			}
 		}
@@ -125,25 +124,24 @@ func (g *Gateway) session(ctx context.Context, r *replica.Replica) error {
 }
 
 // take hands one message to the replica and does what follows from it.
-func (g *Gateway) take(ctx context.Context, st Stream, r *replica.Replica, msg any) error {
-	before := r.Status()
-	var out replica.Out
-	var err error
-	switch m := msg.(type) {
-	case lease.SessionReply:
-		out, err = r.Session(m)
-		g.view.setLagging(m.Lagging)
-	case lease.SnapshotChunk:
-		out, err = r.Snapshot(m)
-	case lease.Batch:
-		out, err = r.Batch(m)
-	default:
-		err = fmt.Errorf("message of unexpected type %T", msg)
-	}
+func (g *Gateway) take(ctx context.Context, st Stream, msg any) error {
+	before := g.status()
+	out, err := g.with(ctx, func(r *replica.Replica) (replica.Out, error) {
+		switch m := msg.(type) {
+		case lease.SessionReply:
+			g.view.setLagging(m.Lagging)
+			return r.Session(m, uint64(g.Now()))
+		case lease.SnapshotChunk:
+			return r.Snapshot(m)
+		case lease.Batch:
+			return r.Batch(m)
+		}
+		return replica.Out{}, fmt.Errorf("message of unexpected type %T", msg)
+	})
 	if err == nil {
-		err = g.do(ctx, st, r, out)
+		err = g.do(ctx, st, out)
 	}
-	after := r.Status()
+	after := g.status()
 	g.view.setSync(after, after.Session != 0, "")
 	g.metrics.sync(after)
 	if after.Session != before.Session {
@@ -157,13 +155,8 @@ func (g *Gateway) take(ctx context.Context, st Stream, r *replica.Replica, msg a
 
 // do carries out what follows from a message. The order is what makes acknowledgements honest (I8) and deadlines safe (F7):
 // the packet path first, then Applied, and only what Applied returns leaves.
-func (g *Gateway) do(ctx context.Context, st Stream, r *replica.Replica, out replica.Out) error {
+func (g *Gateway) do(ctx context.Context, st Stream, out replica.Out) error {
 	for {
-		if out.Deadline != 0 {
-			if err := g.Path.SetDeadline(ctx, out.Deadline); err != nil {
-				return fmt.Errorf("packet path: deadline: %w", err)
-			}
-		}
 		if out.Ack != nil {
 			for _, n := range out.Ack.Nacks {
 				g.Log.Error("record refused", "addr", n.Resource.String(), "gen", n.Gen.String(), "reason", n.Reason)
@@ -176,21 +169,25 @@ func (g *Gateway) do(ctx context.Context, st Stream, r *replica.Replica, out rep
 			return nil
 		}
 		change := out.Change
-		if err := g.apply(ctx, r, change); err != nil {
-			r.Failed()
+		if err := g.apply(ctx, change); err != nil {
+			g.failed()
 			return fmt.Errorf("packet path: %w", err)
 		}
-		out = r.Applied(change.Rev)
-		g.publish(r, change)
+		var err error
+		out, err = g.with(ctx, func(r *replica.Replica) (replica.Out, error) { return r.Applied(change.Rev), nil })
+		if err != nil {
+			return err
+		}
+		g.publish(change)
 	}
 }
 
 // apply makes the packet path hold a change. Pools come before bindings that need them.
-func (g *Gateway) apply(ctx context.Context, r *replica.Replica, c *replica.Change) error {
+func (g *Gateway) apply(ctx context.Context, c *replica.Change) error {
 	begun := time.Now()
 	defer func() { g.metrics.applySeconds.Observe(time.Since(begun).Seconds()) }()
 	if c.Pools {
-		if err := g.setPools(ctx, r.Pools()); err != nil {
+		if err := g.setPools(ctx, g.rep.Pools()); err != nil {
 			return err
 		}
 	}
@@ -204,15 +201,15 @@ func (g *Gateway) apply(ctx context.Context, r *replica.Replica, c *replica.Chan
 }
 
 // publish tells the announcer what is applied now, if it could matter to it.
-func (g *Gateway) publish(r *replica.Replica, c *replica.Change) {
-	n := r.Status().Bindings
-	v := routesView{pools: r.Pools(), leases: n}
+func (g *Gateway) publish(c *replica.Change) {
+	n := g.status().Bindings
+	v := routesView{pools: g.rep.Pools(), leases: n}
 	perLease := g.cfg.BGP.Announce.Pool == PoolLease
 	if !c.Pools && !perLease {
 		return
 	}
 	if perLease && n <= g.cfg.BGP.Announce.MaxHostRoutes {
-		for _, b := range r.Table() {
+		for _, b := range g.rep.Table() {
 			v.addrs = append(v.addrs, b.Addr)
 		}
 	}

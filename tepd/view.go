@@ -23,6 +23,7 @@ type state struct {
 	connected  bool
 	problem    string // why not
 	lagging    bool
+	alone      bool // cut off from the service, unlike another gateway
 	kernel     error
 	health     Health
 	why        string // the failure of the last self-test
@@ -55,6 +56,11 @@ func (v *view) setSync(r replica.Status, connected bool, problem string) {
 		s.replica, s.connected, s.problem = r, connected, problem
 		s.everSynced = s.everSynced || r.Synced
 	})
+}
+
+// setDeadline notes what moves without the service.
+func (v *view) setDeadline(deadline uint64, alone bool) {
+	v.with(func(s *state) { s.replica.Deadline, s.alone = deadline, alone })
 }
 
 func (v *view) setLagging(on bool) { v.with(func(s *state) { s.lagging = on }) }

@@ -23,6 +23,7 @@ import (
 	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/leasesvc/leaseclient"
 	"github.com/dstm-project/dstm/tepd"
+	"github.com/dstm-project/dstm/tepd/question"
 )
 
 func main() {
@@ -131,6 +132,9 @@ func serve(ctx context.Context, cfg *tepd.Config, d tepd.Deps) error {
 	defer conn.Close()
 	registry := daemon.NewRegistry()
 	d.Service, d.Registry = tepd.Client{Conn: conn}, registry
+	if cfg.Peers.Listen.IsValid() {
+		d.Peers = &question.Peers{ID: id, Listen: cfg.Peers.Listen, Log: d.Log}
+	}
 	g := tepd.New(cfg, d)
 	admin := &daemon.Admin{Addr: cfg.Admin, Registry: registry, Ready: g.Ready, Handlers: g.Handlers()}
 	d.Log.Info("starting", "version", daemon.Version(), "tep", cfg.ID, "cell", cfg.Cell)

@@ -3,6 +3,7 @@ package wire
 import (
 	"fmt"
 	"math"
+	"net/netip"
 	"time"
 
 	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
@@ -42,6 +43,7 @@ func SyncUp(m *leasev1.SyncUp) (any, error) {
 		return lease.Heartbeat{
 			Session: k.Beat.GetSession(), SentBootNS: k.Beat.GetSentBootNs(),
 			Applied: lease.Rev(k.Beat.GetAppliedRev()), Digest: lease.Digest(k.Beat.GetDigest()),
+			EchoServiceNS: k.Beat.GetEchoServiceNs(), ContinuousNS: k.Beat.GetContinuousNs(),
 		}, nil
 	case *leasev1.SyncUp_Ack:
 		return ack(k.Ack)
@@ -58,8 +60,13 @@ func hello(m *leasev1.TepHello) (lease.Hello, error) {
 	if err != nil {
 		return lease.Hello{}, err
 	}
+	q, err := endpoint("question", m.GetQuestion())
+	if err != nil {
+		return lease.Hello{}, err
+	}
 	return lease.Hello{
-		TEP: m.GetTepId(), Instance: m.GetInstance(), Cluster: cl, Epoch: ep,
+		Question: q,
+		TEP:      m.GetTepId(), Instance: m.GetInstance(), Cluster: cl, Epoch: ep,
 		HaveRev: lease.Rev(m.GetHaveRev()), Caps: m.GetCaps(), SentBootNS: m.GetSentBootNs(),
 	}, nil
 }
@@ -84,7 +91,7 @@ func ack(m *leasev1.Ack) (lease.Ack, error) {
 func FromHello(h lease.Hello) *leasev1.SyncUp {
 	return &leasev1.SyncUp{M: &leasev1.SyncUp_Hello{Hello: &leasev1.TepHello{
 		TepId: h.TEP, Instance: h.Instance, ClusterId: fromClusterID(h.Cluster), Epoch: uint32(h.Epoch),
-		HaveRev: uint64(h.HaveRev), Caps: h.Caps, SentBootNs: h.SentBootNS,
+		HaveRev: uint64(h.HaveRev), Caps: h.Caps, SentBootNs: h.SentBootNS, Question: fromEndpoint(h.Question),
 	}}}
 }
 
@@ -92,6 +99,7 @@ func FromHello(h lease.Hello) *leasev1.SyncUp {
 func FromHeartbeat(h lease.Heartbeat) *leasev1.SyncUp {
 	return &leasev1.SyncUp{M: &leasev1.SyncUp_Beat{Beat: &leasev1.Heartbeat{
 		Session: h.Session, SentBootNs: h.SentBootNS, AppliedRev: uint64(h.Applied), Digest: uint64(h.Digest),
+		EchoServiceNs: h.EchoServiceNS, ContinuousNs: h.ContinuousNS,
 	}}}
 }
 
@@ -151,10 +159,45 @@ func sessionReply(m *leasev1.SessionReply) (lease.SessionReply, error) {
 	if err != nil {
 		return lease.SessionReply{}, err
 	}
+	static, err := nanos("fail_static_ms", m.GetFailStaticMs())
+	if err != nil {
+		return lease.SessionReply{}, err
+	}
+	var others []lease.Peer
+	for _, p := range m.GetOthers() {
+		q, err := endpoint("others.question", p.GetQuestion())
+		if err != nil {
+			return lease.SessionReply{}, err
+		}
+		others = append(others, lease.Peer{TEP: p.GetTepId(), Question: q})
+	}
 	return lease.SessionReply{
+		ServiceNS: m.GetServiceNs(), FailStaticNS: static, Others: others,
 		Session: m.GetSession(), EchoBootNS: m.GetEchoBootNs(), GrantNS: grant, Floor: lease.Rev(m.GetFloor()),
 		Cluster: cl, Epoch: ep, NextBeatNS: beat, Lagging: m.GetLagging(),
 	}, nil
+}
+
+// endpoint decodes an optional IPv6 address with a port.
+func endpoint(field string, m *leasev1.Endpoint) (netip.AddrPort, error) {
+	if m == nil {
+		return netip.AddrPort{}, nil
+	}
+	a, err := Addr6(field, m.GetAddr())
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	if m.GetPort() == 0 || m.GetPort() > math.MaxUint16 {
+		return netip.AddrPort{}, fmt.Errorf("%s: port %d: want 1 to 65535", field, m.GetPort())
+	}
+	return netip.AddrPortFrom(a, uint16(m.GetPort())), nil
+}
+
+func fromEndpoint(p netip.AddrPort) *leasev1.Endpoint {
+	if !p.IsValid() {
+		return nil
+	}
+	return &leasev1.Endpoint{Addr: FromAddr6(p.Addr()), Port: uint32(p.Port())}
 }
 
 func nanos(field string, ms uint64) (uint64, error) {
@@ -186,10 +229,15 @@ func fromRecords(rs []lease.Record) []*leasev1.Record {
 
 // FromSessionReply encodes a session reply; the grant is rounded down to milliseconds, never up.
 func FromSessionReply(r lease.SessionReply) *leasev1.SyncDown {
+	var others []*leasev1.Peer
+	for _, p := range r.Others {
+		others = append(others, &leasev1.Peer{TepId: p.TEP, Question: fromEndpoint(p.Question)})
+	}
 	return &leasev1.SyncDown{M: &leasev1.SyncDown_Session{Session: &leasev1.SessionReply{
 		Session: r.Session, EchoBootNs: r.EchoBootNS, GrantMs: r.GrantNS / uint64(time.Millisecond), Floor: uint64(r.Floor),
 		ClusterId: fromClusterID(r.Cluster), Epoch: uint32(r.Epoch),
-		NextBeatMs: r.NextBeatNS / uint64(time.Millisecond), Lagging: r.Lagging,
+		NextBeatMs: r.NextBeatNS / uint64(time.Millisecond), Lagging: r.Lagging, ServiceNs: r.ServiceNS,
+		FailStaticMs: r.FailStaticNS / uint64(time.Millisecond), Others: others,
 	}}}
 }
 

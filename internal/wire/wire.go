@@ -79,8 +79,8 @@ func Resource(field string, m *leasev1.Resource) (lease.Resource, error) {
 	if m == nil {
 		return lease.Resource{}, fmt.Errorf("%s: not set", field)
 	}
-	if m.PsidLen > 15 || m.Psid > math.MaxUint16 {
-		return lease.Resource{}, fmt.Errorf("%s: psid %d of length %d: want a length of at most 15", field, m.Psid, m.PsidLen)
+	if m.PsidLen > lease.MaxPSIDLen || m.Psid > math.MaxUint16 {
+		return lease.Resource{}, fmt.Errorf("%s: psid %d of length %d: want a length of at most %d", field, m.Psid, m.PsidLen, lease.MaxPSIDLen)
 	}
 	r := lease.Resource{Addr: Addr4(m.Addr), PSIDLen: uint8(m.PsidLen), PSID: uint16(m.Psid)}
 	if err := r.Valid(); err != nil {

@@ -42,7 +42,7 @@ func TestSyncRoundTrip(t *testing.T) {
 			t.Errorf("got %+v, %v, want %+v", got, err, c.want)
 		}
 	}
-	reply := lease.SessionReply{Session: 1, EchoBootNS: 2, GrantNS: uint64(30 * time.Second), Floor: 4, Cluster: cluster, Epoch: 5, NextBeatNS: uint64(10 * time.Second), Lagging: true}
+	reply := lease.SessionReply{Session: 1, EchoBootNS: 2, GrantNS: uint64(30 * time.Second), Floor: 4, Cluster: cluster, Epoch: 5, NextBeatNS: uint64(10 * time.Second), Lagging: true, ServiceNS: 77, FailStaticNS: uint64(4 * time.Hour), Others: []lease.Peer{{TEP: "tep2", Question: netip.MustParseAddrPort("[2001:db8:3::2]:3546")}}}
 	chunk := lease.SnapshotChunk{Session: 1, Rev: 11, Index: 2, Last: true, Records: recs}
 	batch := lease.Batch{Session: 1, From: 9, To: 11, Records: recs}
 	for _, c := range []struct {
@@ -88,7 +88,7 @@ func TestDecodeRefusals(t *testing.T) {
 		{short, "host: 2 bytes: want the 16 of an IPv6 address"},
 		{mapped, "host: ::ffff:192.0.2.1: want an IPv6 unicast address"},
 		{psid, "res: psid 16 does not fit into psid_len 4"},
-		{length, "res: psid 0 of length 16: want a length of at most 15"},
+		{length, "res: psid 0 of length 16: want a length of at most 10"},
 		{missing, "lease: not set"},
 		{mtu, "mtu: 500: want 0 or 576 to 65535"},
 		{big, "mtu: 70000: want 0 or 576 to 65535"},

@@ -71,9 +71,9 @@ func FuzzReplica(f *testing.F) {
 				clock++
 				r.Hello(clock)
 				session++
-				out, _ = r.Session(lease.SessionReply{Session: session, EchoBootNS: clock, GrantNS: s.num(), Floor: lease.Rev(s.num()), Cluster: cluster, Epoch: epoch})
+				out, _ = r.Session(lease.SessionReply{Session: session, EchoBootNS: clock, GrantNS: s.num(), Floor: lease.Rev(s.num()), Cluster: cluster, Epoch: epoch}, clock)
 			case 1:
-				out, _ = r.Session(lease.SessionReply{Session: s.num(), EchoBootNS: s.num(), GrantNS: s.num(), Floor: lease.Rev(s.num()), Cluster: cluster, Epoch: lease.Epoch(s.byte() % 2)})
+				out, _ = r.Session(lease.SessionReply{Session: s.num(), EchoBootNS: s.num(), GrantNS: s.num(), Floor: lease.Rev(s.num()), Cluster: cluster, Epoch: lease.Epoch(s.byte() % 2)}, s.num())
 			case 2, 3:
 				out, _ = r.Batch(lease.Batch{Session: session, From: r.have + 1, To: lease.Rev(s.num()), Records: s.records()})
 			case 4:

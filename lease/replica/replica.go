@@ -7,6 +7,7 @@ package replica
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -18,6 +19,7 @@ type Config struct {
 	TEP      string
 	Instance string // of this process
 	Caps     []string
+	Question netip.AddrPort // where this gateway answers others; zero = nowhere
 }
 
 // Replica is the table of one gateway process and how far it follows the service.
@@ -48,6 +50,7 @@ type Replica struct {
 
 	deadline uint64
 	grants   []grant
+	static   static
 }
 
 type grant struct {
@@ -86,9 +89,10 @@ type Out struct {
 func (r *Replica) Hello(bootNS uint64) lease.Hello {
 	r.session, r.snap, r.grants, r.refused = 0, nil, nil, false
 	r.hello, r.sent = bootNS, max(r.sent, bootNS)
+	r.static.began, r.static.echo = 0, 0
 	h := lease.Hello{
 		TEP: r.cfg.TEP, Instance: r.cfg.Instance, Cluster: r.cluster, Epoch: r.epoch,
-		Caps: r.cfg.Caps, SentBootNS: bootNS,
+		Caps: r.cfg.Caps, SentBootNS: bootNS, Question: r.cfg.Question,
 	}
 	// What was received but not applied is received again.
 	if r.applied != r.have {
@@ -100,9 +104,9 @@ func (r *Replica) Hello(bootNS uint64) lease.Hello {
 	return h
 }
 
-// Session takes the answer to a Hello or Heartbeat. After an error, here or in Batch and Snapshot, the caller must end the
-// stream and say Hello again.
-func (r *Replica) Session(m lease.SessionReply) (Out, error) {
+// Session takes the answer to a Hello or Heartbeat, received at bootNS. After an error, here or in Batch and Snapshot, the
+// caller must end the stream and say Hello again.
+func (r *Replica) Session(m lease.SessionReply, bootNS uint64) (Out, error) {
 	if m.EchoBootNS > r.sent {
 		return Out{}, fmt.Errorf("session reply echoes boot time %d, the newest sent is %d", m.EchoBootNS, r.sent)
 	}
@@ -137,6 +141,7 @@ func (r *Replica) Session(m lease.SessionReply) (Out, error) {
 			r.grants = slices.Delete(r.grants, 0, 1)
 		}
 	}
+	r.static.answered(m, bootNS)
 	out.Deadline = r.extend()
 	return out, nil
 }
@@ -268,7 +273,10 @@ func (r *Replica) Failed() { _ = r.doubt(nil) }
 // Heartbeat asks for a later deadline at the boot time given. It must not be sent before the session began.
 func (r *Replica) Heartbeat(bootNS uint64) lease.Heartbeat {
 	r.sent = max(r.sent, bootNS)
-	h := lease.Heartbeat{Session: r.session, SentBootNS: bootNS, Applied: r.applied}
+	h := lease.Heartbeat{
+		Session: r.session, SentBootNS: bootNS, Applied: r.applied,
+		EchoServiceNS: r.static.echo, ContinuousNS: r.static.continuous(bootNS),
+	}
 	if r.applied == r.have && !r.whole {
 		h.Digest = r.digest
 	}

@@ -12,7 +12,7 @@ import (
 )
 
 var (
-	equate  = cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})
+	equate  = cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{}, netip.AddrPort{})
 	host    = netip.MustParseAddr("2001:db8:1::a")
 	tep     = netip.MustParseAddr("2001:db8:a::1")
 	cluster = lease.ClusterID{1}
@@ -40,12 +40,17 @@ func following(t *testing.T) *Replica {
 	t.Helper()
 	r := New(Config{TEP: "tep1", Instance: "i"})
 	r.Hello(100)
-	must(t, r.Session, reply(1, 100, 10))
+	must(t, session(r), reply(1, 100, 10))
 	must(t, r.Snapshot, lease.SnapshotChunk{
 		Session: 1, Rev: 10, Last: true, Records: []lease.Record{lease.PoolRecord(1, pool, false), bind(3, 1, 3)},
 	})
 	r.Applied(10)
 	return r
+}
+
+// session takes replies as they come back at once.
+func session(r *Replica) func(lease.SessionReply) (Out, error) {
+	return func(m lease.SessionReply) (Out, error) { return r.Session(m, m.EchoBootNS) }
 }
 
 func must[M any](t *testing.T, f func(M) (Out, error), m M) Out {
@@ -60,7 +65,7 @@ func must[M any](t *testing.T, f func(M) (Out, error), m M) Out {
 // A first session, message by message.
 func TestFirstSession(t *testing.T) {
 	r := New(Config{TEP: "tep1", Instance: "i", Caps: []string{"c"}})
-	if got, want := r.Hello(100), (lease.Hello{TEP: "tep1", Instance: "i", Caps: []string{"c"}, SentBootNS: 100}); !cmp.Equal(got, want) {
+	if got, want := r.Hello(100), (lease.Hello{TEP: "tep1", Instance: "i", Caps: []string{"c"}, SentBootNS: 100}); !cmp.Equal(got, want, equate) {
 		t.Errorf("hello %+v, want %+v", got, want)
 	}
 	for _, step := range []struct {
@@ -68,7 +73,7 @@ func TestFirstSession(t *testing.T) {
 		got  Out
 		want Out
 	}{
-		{"the deadline waits for the floor", must(t, r.Session, reply(1, 100, 10)), Out{}},
+		{"the deadline waits for the floor", must(t, session(r), reply(1, 100, 10)), Out{}},
 		{"a chunk changes nothing yet", must(t, r.Snapshot, lease.SnapshotChunk{Session: 1, Rev: 10, Records: []lease.Record{bind(3, 1, 3)}}), Out{}},
 		{"the last chunk brings all", must(t, r.Snapshot, lease.SnapshotChunk{
 			Session: 1, Rev: 10, Index: 1, Last: true, Records: []lease.Record{lease.PoolRecord(1, pool, false), bind(9, 2, 9)},
@@ -89,13 +94,13 @@ func TestFirstSession(t *testing.T) {
 	var want lease.Digest
 	want.AddPool(pool)
 	want.AddBinding(binding(1, 14))
-	if got := r.Heartbeat(500); got != (lease.Heartbeat{Session: 1, SentBootNS: 500, Applied: 17, Digest: want}) {
+	if got := r.Heartbeat(500); got != (lease.Heartbeat{Session: 1, SentBootNS: 500, Applied: 17, ContinuousNS: 400, Digest: want}) {
 		t.Errorf("heartbeat %+v, digest should be %x", got, want)
 	}
 	if got := r.Hello(600); got.HaveRev != 17 || got.Cluster != cluster || got.Epoch != 1 {
 		t.Errorf("a reconnect resumes: %+v", got)
 	}
-	if out := must(t, r.Session, reply(2, 600, 17)); !cmp.Equal(out, Out{Ack: &lease.Ack{Session: 2, Applied: 17}, Deadline: 1600}) {
+	if out := must(t, session(r), reply(2, 600, 17)); !cmp.Equal(out, Out{Ack: &lease.Ack{Session: 2, Applied: 17}, Deadline: 1600}) {
 		t.Errorf("what is held is acknowledged in the new session: %+v", out)
 	}
 }
@@ -115,12 +120,12 @@ func TestDeadline(t *testing.T) {
 		{"no grant", lease.SessionReply{Session: 1, EchoBootNS: 300, Floor: 10, Cluster: cluster, Epoch: 1}, 0},
 		{"a grant beyond 64 bits", lease.SessionReply{Session: 1, EchoBootNS: 300, GrantNS: ^uint64(0), Cluster: cluster, Epoch: 1}, 0},
 	} {
-		if out := must(t, r.Session, step.m); out.Deadline != step.want {
+		if out := must(t, session(r), step.m); out.Deadline != step.want {
 			t.Errorf("%s: deadline %d, want %d", step.name, out.Deadline, step.want)
 		}
 	}
 	r.Heartbeat(400)
-	if out := must(t, r.Session, reply(1, 400, 12)); out.Deadline != 0 {
+	if out := must(t, session(r), reply(1, 400, 12)); out.Deadline != 0 {
 		t.Errorf("extended below the floor: %d", out.Deadline)
 	}
 	must(t, r.Batch, lease.Batch{Session: 1, From: 11, To: 12})
@@ -131,7 +136,7 @@ func TestDeadline(t *testing.T) {
 
 func TestRefused(t *testing.T) {
 	session := func(m lease.SessionReply) func(*Replica) (Out, error) {
-		return func(r *Replica) (Out, error) { return r.Session(m) }
+		return func(r *Replica) (Out, error) { return r.Session(m, m.EchoBootNS) }
 	}
 	batch := func(from, to lease.Rev, recs ...lease.Record) func(*Replica) (Out, error) {
 		return func(r *Replica) (Out, error) {
@@ -220,7 +225,7 @@ func TestNewEpoch(t *testing.T) {
 	r.Hello(200)
 	m := reply(2, 200, 4)
 	m.Epoch = 2
-	if out := must(t, r.Session, m); out.Ack != nil || out.Deadline != 0 {
+	if out := must(t, session(r), m); out.Ack != nil || out.Deadline != 0 {
 		t.Errorf("%+v", out)
 	}
 	if len(r.Table()) != 1 {

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"net/netip"
 	"time"
 
 	"github.com/dstm-project/dstm/lease"
@@ -91,6 +90,7 @@ func (p *Pending) Wait(ctx context.Context) error {
 // Store keeps the records of a lease service. Commit is called by one goroutine at a time, in order of revision; the
 // other methods by any.
 type Store interface {
+	AuditLog
 	// Load returns what is stored beside addresses and audit records.
 	Load(ctx context.Context) (State, error)
 	// Addresses yields every address that was ever leased, in no order; an error of yield ends it and is returned. Called
@@ -100,8 +100,6 @@ type Store interface {
 	Commit(tx Tx) *Pending
 	// Watch follows the durable records after a revision.
 	Watch(after lease.Rev) Watcher
-	// History yields the audit records of an address, newest first, until yield returns false.
-	History(ctx context.Context, addr netip.Addr, yield func(lease.Audit) bool) error
 	// Snapshot writes a consistent copy while the store goes on.
 	Snapshot(ctx context.Context, w io.Writer) error
 	// Close waits for what is queued and closes the store.

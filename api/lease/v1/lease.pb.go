@@ -1851,6 +1851,7 @@ type TepHello struct {
 	HaveRev       uint64                 `protobuf:"varint,5,opt,name=have_rev,json=haveRev,proto3" json:"have_rev,omitempty"`
 	Caps          []string               `protobuf:"bytes,6,rep,name=caps,proto3" json:"caps,omitempty"`
 	SentBootNs    uint64                 `protobuf:"varint,7,opt,name=sent_boot_ns,json=sentBootNs,proto3" json:"sent_boot_ns,omitempty"` // CLOCK_BOOTTIME of the TEP when it sent this; deadlines count from here (F5)
+	Question      *Endpoint              `protobuf:"bytes,8,opt,name=question,proto3" json:"question,omitempty"`                          // where it serves Gateways; unset = nowhere
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1934,12 +1935,21 @@ func (x *TepHello) GetSentBootNs() uint64 {
 	return 0
 }
 
+func (x *TepHello) GetQuestion() *Endpoint {
+	if x != nil {
+		return x.Question
+	}
+	return nil
+}
+
 type Heartbeat struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Session       uint64                 `protobuf:"varint,1,opt,name=session,proto3" json:"session,omitempty"`
 	SentBootNs    uint64                 `protobuf:"varint,2,opt,name=sent_boot_ns,json=sentBootNs,proto3" json:"sent_boot_ns,omitempty"`
 	AppliedRev    uint64                 `protobuf:"varint,3,opt,name=applied_rev,json=appliedRev,proto3" json:"applied_rev,omitempty"`
-	Digest        uint64                 `protobuf:"fixed64,4,opt,name=digest,proto3" json:"digest,omitempty"` // over the records at applied_rev; 0 = not given
+	Digest        uint64                 `protobuf:"fixed64,4,opt,name=digest,proto3" json:"digest,omitempty"`                                     // over the records at applied_rev; 0 = not given
+	EchoServiceNs uint64                 `protobuf:"varint,5,opt,name=echo_service_ns,json=echoServiceNs,proto3" json:"echo_service_ns,omitempty"` // of the newest SessionReply of this session
+	ContinuousNs  uint64                 `protobuf:"varint,6,opt,name=continuous_ns,json=continuousNs,proto3" json:"continuous_ns,omitempty"`      // in session for so long without having answered "quiet" (F9)
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1998,6 +2008,20 @@ func (x *Heartbeat) GetAppliedRev() uint64 {
 func (x *Heartbeat) GetDigest() uint64 {
 	if x != nil {
 		return x.Digest
+	}
+	return 0
+}
+
+func (x *Heartbeat) GetEchoServiceNs() uint64 {
+	if x != nil {
+		return x.EchoServiceNs
+	}
+	return 0
+}
+
+func (x *Heartbeat) GetContinuousNs() uint64 {
+	if x != nil {
+		return x.ContinuousNs
 	}
 	return 0
 }
@@ -2231,7 +2255,10 @@ type SessionReply struct {
 	ClusterId     []byte                 `protobuf:"bytes,5,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	Epoch         uint32                 `protobuf:"varint,6,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	NextBeatMs    uint64                 `protobuf:"varint,7,opt,name=next_beat_ms,json=nextBeatMs,proto3" json:"next_beat_ms,omitempty"`
-	Lagging       bool                   `protobuf:"varint,8,opt,name=lagging,proto3" json:"lagging,omitempty"`
+	Lagging       bool                   `protobuf:"varint,8,opt,name=lagging,proto3" json:"lagging,omitempty"`                                  // its acknowledgements are late and another TEP serves: it should attract no traffic
+	ServiceNs     uint64                 `protobuf:"varint,9,opt,name=service_ns,json=serviceNs,proto3" json:"service_ns,omitempty"`             // on a clock of the service's own
+	FailStaticMs  uint64                 `protobuf:"varint,10,opt,name=fail_static_ms,json=failStaticMs,proto3" json:"fail_static_ms,omitempty"` // D
+	Others        []*Peer                `protobuf:"bytes,11,rep,name=others,proto3" json:"others,omitempty"`                                    // whom to ask before going on without the service (F9)
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2322,6 +2349,211 @@ func (x *SessionReply) GetLagging() bool {
 	return false
 }
 
+func (x *SessionReply) GetServiceNs() uint64 {
+	if x != nil {
+		return x.ServiceNs
+	}
+	return 0
+}
+
+func (x *SessionReply) GetFailStaticMs() uint64 {
+	if x != nil {
+		return x.FailStaticMs
+	}
+	return 0
+}
+
+func (x *SessionReply) GetOthers() []*Peer {
+	if x != nil {
+		return x.Others
+	}
+	return nil
+}
+
+type Endpoint struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Addr          []byte                 `protobuf:"bytes,1,opt,name=addr,proto3" json:"addr,omitempty"` // IPv6
+	Port          uint32                 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Endpoint) Reset() {
+	*x = Endpoint{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Endpoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Endpoint) ProtoMessage() {}
+
+func (x *Endpoint) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
+func (*Endpoint) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *Endpoint) GetAddr() []byte {
+	if x != nil {
+		return x.Addr
+	}
+	return nil
+}
+
+func (x *Endpoint) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+type Peer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TepId         string                 `protobuf:"bytes,1,opt,name=tep_id,json=tepId,proto3" json:"tep_id,omitempty"`
+	Question      *Endpoint              `protobuf:"bytes,2,opt,name=question,proto3" json:"question,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Peer) Reset() {
+	*x = Peer{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Peer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Peer) ProtoMessage() {}
+
+func (x *Peer) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Peer.ProtoReflect.Descriptor instead.
+func (*Peer) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *Peer) GetTepId() string {
+	if x != nil {
+		return x.TepId
+	}
+	return ""
+}
+
+func (x *Peer) GetQuestion() *Endpoint {
+	if x != nil {
+		return x.Question
+	}
+	return nil
+}
+
+type QuestionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QuestionRequest) Reset() {
+	*x = QuestionRequest{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QuestionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QuestionRequest) ProtoMessage() {}
+
+func (x *QuestionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QuestionRequest.ProtoReflect.Descriptor instead.
+func (*QuestionRequest) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{32}
+}
+
+type QuestionReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Quiet         bool                   `protobuf:"varint,1,opt,name=quiet,proto3" json:"quiet,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QuestionReply) Reset() {
+	*x = QuestionReply{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QuestionReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QuestionReply) ProtoMessage() {}
+
+func (x *QuestionReply) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QuestionReply.ProtoReflect.Descriptor instead.
+func (*QuestionReply) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *QuestionReply) GetQuiet() bool {
+	if x != nil {
+		return x.Quiet
+	}
+	return false
+}
+
 // SnapshotChunk is part of a whole table at rev. It becomes authoritative with the last chunk.
 type SnapshotChunk struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2336,7 +2568,7 @@ type SnapshotChunk struct {
 
 func (x *SnapshotChunk) Reset() {
 	*x = SnapshotChunk{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2348,7 +2580,7 @@ func (x *SnapshotChunk) String() string {
 func (*SnapshotChunk) ProtoMessage() {}
 
 func (x *SnapshotChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2361,7 +2593,7 @@ func (x *SnapshotChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotChunk.ProtoReflect.Descriptor instead.
 func (*SnapshotChunk) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{30}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SnapshotChunk) GetSession() uint64 {
@@ -2412,7 +2644,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2424,7 +2656,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2437,7 +2669,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{31}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Batch) GetSession() uint64 {
@@ -2484,7 +2716,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2496,7 +2728,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2509,7 +2741,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{32}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Record) GetRev() uint64 {
@@ -2595,7 +2827,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2607,7 +2839,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2620,7 +2852,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{33}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Binding) GetRes() *Resource {
@@ -2668,7 +2900,7 @@ type Unbind struct {
 
 func (x *Unbind) Reset() {
 	*x = Unbind{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2680,7 +2912,7 @@ func (x *Unbind) String() string {
 func (*Unbind) ProtoMessage() {}
 
 func (x *Unbind) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2693,7 +2925,7 @@ func (x *Unbind) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unbind.ProtoReflect.Descriptor instead.
 func (*Unbind) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{34}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Unbind) GetRes() *Resource {
@@ -2724,7 +2956,7 @@ type PoolRecord struct {
 
 func (x *PoolRecord) Reset() {
 	*x = PoolRecord{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2736,7 +2968,7 @@ func (x *PoolRecord) String() string {
 func (*PoolRecord) ProtoMessage() {}
 
 func (x *PoolRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2749,7 +2981,7 @@ func (x *PoolRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolRecord.ProtoReflect.Descriptor instead.
 func (*PoolRecord) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{35}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PoolRecord) GetName() string {
@@ -2803,7 +3035,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2815,7 +3047,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2828,7 +3060,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{36}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListRequest) GetPool() string {
@@ -2855,7 +3087,7 @@ type LeaseInfo struct {
 
 func (x *LeaseInfo) Reset() {
 	*x = LeaseInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2867,7 +3099,7 @@ func (x *LeaseInfo) String() string {
 func (*LeaseInfo) ProtoMessage() {}
 
 func (x *LeaseInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2880,7 +3112,7 @@ func (x *LeaseInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseInfo.ProtoReflect.Descriptor instead.
 func (*LeaseInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{37}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *LeaseInfo) GetRes() *Resource {
@@ -2957,7 +3189,7 @@ type WhoRequest struct {
 
 func (x *WhoRequest) Reset() {
 	*x = WhoRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2969,7 +3201,7 @@ func (x *WhoRequest) String() string {
 func (*WhoRequest) ProtoMessage() {}
 
 func (x *WhoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2982,7 +3214,7 @@ func (x *WhoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoRequest.ProtoReflect.Descriptor instead.
 func (*WhoRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{38}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *WhoRequest) GetAddr() uint32 {
@@ -3015,7 +3247,7 @@ type WhoReply struct {
 
 func (x *WhoReply) Reset() {
 	*x = WhoReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3027,7 +3259,7 @@ func (x *WhoReply) String() string {
 func (*WhoReply) ProtoMessage() {}
 
 func (x *WhoReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3040,7 +3272,7 @@ func (x *WhoReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoReply.ProtoReflect.Descriptor instead.
 func (*WhoReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{39}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *WhoReply) GetHoldings() []*Holding {
@@ -3067,7 +3299,7 @@ type Holding struct {
 
 func (x *Holding) Reset() {
 	*x = Holding{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3079,7 +3311,7 @@ func (x *Holding) String() string {
 func (*Holding) ProtoMessage() {}
 
 func (x *Holding) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3092,7 +3324,7 @@ func (x *Holding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Holding.ProtoReflect.Descriptor instead.
 func (*Holding) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{40}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Holding) GetHostId() string {
@@ -3159,7 +3391,7 @@ type PoolsRequest struct {
 
 func (x *PoolsRequest) Reset() {
 	*x = PoolsRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3171,7 +3403,7 @@ func (x *PoolsRequest) String() string {
 func (*PoolsRequest) ProtoMessage() {}
 
 func (x *PoolsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3184,7 +3416,7 @@ func (x *PoolsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolsRequest.ProtoReflect.Descriptor instead.
 func (*PoolsRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{41}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{45}
 }
 
 type PoolInfo struct {
@@ -3204,7 +3436,7 @@ type PoolInfo struct {
 
 func (x *PoolInfo) Reset() {
 	*x = PoolInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3216,7 +3448,7 @@ func (x *PoolInfo) String() string {
 func (*PoolInfo) ProtoMessage() {}
 
 func (x *PoolInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3229,7 +3461,7 @@ func (x *PoolInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolInfo.ProtoReflect.Descriptor instead.
 func (*PoolInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{42}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *PoolInfo) GetName() string {
@@ -3304,7 +3536,7 @@ type PoolsReply struct {
 
 func (x *PoolsReply) Reset() {
 	*x = PoolsReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3316,7 +3548,7 @@ func (x *PoolsReply) String() string {
 func (*PoolsReply) ProtoMessage() {}
 
 func (x *PoolsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3329,7 +3561,7 @@ func (x *PoolsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolsReply.ProtoReflect.Descriptor instead.
 func (*PoolsReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{43}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *PoolsReply) GetPools() []*PoolInfo {
@@ -3347,7 +3579,7 @@ type TepsRequest struct {
 
 func (x *TepsRequest) Reset() {
 	*x = TepsRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3359,7 +3591,7 @@ func (x *TepsRequest) String() string {
 func (*TepsRequest) ProtoMessage() {}
 
 func (x *TepsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3372,7 +3604,7 @@ func (x *TepsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepsRequest.ProtoReflect.Descriptor instead.
 func (*TepsRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{44}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{48}
 }
 
 type TepInfo struct {
@@ -3390,7 +3622,7 @@ type TepInfo struct {
 
 func (x *TepInfo) Reset() {
 	*x = TepInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3402,7 +3634,7 @@ func (x *TepInfo) String() string {
 func (*TepInfo) ProtoMessage() {}
 
 func (x *TepInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3415,7 +3647,7 @@ func (x *TepInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepInfo.ProtoReflect.Descriptor instead.
 func (*TepInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{45}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *TepInfo) GetId() string {
@@ -3476,7 +3708,7 @@ type TepsReply struct {
 
 func (x *TepsReply) Reset() {
 	*x = TepsReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3488,7 +3720,7 @@ func (x *TepsReply) String() string {
 func (*TepsReply) ProtoMessage() {}
 
 func (x *TepsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3501,7 +3733,7 @@ func (x *TepsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepsReply.ProtoReflect.Descriptor instead.
 func (*TepsReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{46}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *TepsReply) GetTeps() []*TepInfo {
@@ -3521,7 +3753,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3533,7 +3765,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3546,7 +3778,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{47}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *RevokeRequest) GetRes() *Resource {
@@ -3571,7 +3803,7 @@ type RevokeReply struct {
 
 func (x *RevokeReply) Reset() {
 	*x = RevokeReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3583,7 +3815,7 @@ func (x *RevokeReply) String() string {
 func (*RevokeReply) ProtoMessage() {}
 
 func (x *RevokeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3596,7 +3828,7 @@ func (x *RevokeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeReply.ProtoReflect.Descriptor instead.
 func (*RevokeReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{48}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{52}
 }
 
 var File_dstm_lease_v1_lease_proto protoreflect.FileDescriptor
@@ -3714,7 +3946,7 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x17.dstm.lease.v1.TepHelloH\x00R\x05hello\x12.\n" +
 	"\x04beat\x18\x02 \x01(\v2\x18.dstm.lease.v1.HeartbeatH\x00R\x04beat\x12&\n" +
 	"\x03ack\x18\x03 \x01(\v2\x12.dstm.lease.v1.AckH\x00R\x03ackB\x03\n" +
-	"\x01m\"\xc3\x01\n" +
+	"\x01m\"\xf8\x01\n" +
 	"\bTepHello\x12\x15\n" +
 	"\x06tep_id\x18\x01 \x01(\tR\x05tepId\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\tR\binstance\x12\x1d\n" +
@@ -3724,14 +3956,17 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\bhave_rev\x18\x05 \x01(\x04R\ahaveRev\x12\x12\n" +
 	"\x04caps\x18\x06 \x03(\tR\x04caps\x12 \n" +
 	"\fsent_boot_ns\x18\a \x01(\x04R\n" +
-	"sentBootNs\"\x80\x01\n" +
+	"sentBootNs\x123\n" +
+	"\bquestion\x18\b \x01(\v2\x17.dstm.lease.v1.EndpointR\bquestion\"\xcd\x01\n" +
 	"\tHeartbeat\x12\x18\n" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12 \n" +
 	"\fsent_boot_ns\x18\x02 \x01(\x04R\n" +
 	"sentBootNs\x12\x1f\n" +
 	"\vapplied_rev\x18\x03 \x01(\x04R\n" +
 	"appliedRev\x12\x16\n" +
-	"\x06digest\x18\x04 \x01(\x06R\x06digest\"k\n" +
+	"\x06digest\x18\x04 \x01(\x06R\x06digest\x12&\n" +
+	"\x0fecho_service_ns\x18\x05 \x01(\x04R\rechoServiceNs\x12#\n" +
+	"\rcontinuous_ns\x18\x06 \x01(\x04R\fcontinuousNs\"k\n" +
 	"\x03Ack\x12\x18\n" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12\x1f\n" +
 	"\vapplied_rev\x18\x02 \x01(\x04R\n" +
@@ -3745,7 +3980,7 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\asession\x18\x01 \x01(\v2\x1b.dstm.lease.v1.SessionReplyH\x00R\asession\x12:\n" +
 	"\bsnapshot\x18\x02 \x01(\v2\x1c.dstm.lease.v1.SnapshotChunkH\x00R\bsnapshot\x12,\n" +
 	"\x05batch\x18\x03 \x01(\v2\x14.dstm.lease.v1.BatchH\x00R\x05batchB\x03\n" +
-	"\x01m\"\xec\x01\n" +
+	"\x01m\"\xde\x02\n" +
 	"\fSessionReply\x12\x18\n" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12 \n" +
 	"\fecho_boot_ns\x18\x02 \x01(\x04R\n" +
@@ -3757,7 +3992,21 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x05epoch\x18\x06 \x01(\rR\x05epoch\x12 \n" +
 	"\fnext_beat_ms\x18\a \x01(\x04R\n" +
 	"nextBeatMs\x12\x18\n" +
-	"\alagging\x18\b \x01(\bR\alagging\"\x96\x01\n" +
+	"\alagging\x18\b \x01(\bR\alagging\x12\x1d\n" +
+	"\n" +
+	"service_ns\x18\t \x01(\x04R\tserviceNs\x12$\n" +
+	"\x0efail_static_ms\x18\n" +
+	" \x01(\x04R\ffailStaticMs\x12+\n" +
+	"\x06others\x18\v \x03(\v2\x13.dstm.lease.v1.PeerR\x06others\"2\n" +
+	"\bEndpoint\x12\x12\n" +
+	"\x04addr\x18\x01 \x01(\fR\x04addr\x12\x12\n" +
+	"\x04port\x18\x02 \x01(\rR\x04port\"R\n" +
+	"\x04Peer\x12\x15\n" +
+	"\x06tep_id\x18\x01 \x01(\tR\x05tepId\x123\n" +
+	"\bquestion\x18\x02 \x01(\v2\x17.dstm.lease.v1.EndpointR\bquestion\"\x11\n" +
+	"\x0fQuestionRequest\"%\n" +
+	"\rQuestionReply\x12\x14\n" +
+	"\x05quiet\x18\x01 \x01(\bR\x05quiet\"\x96\x01\n" +
 	"\rSnapshotChunk\x12\x18\n" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12\x10\n" +
 	"\x03rev\x18\x02 \x01(\x04R\x03rev\x12\x14\n" +
@@ -3895,7 +4144,9 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"WatchHosts\x12\x1b.dstm.lease.v1.WatchRequest\x1a\x18.dstm.lease.v1.HostEvent0\x01\x12<\n" +
 	"\x04Hint\x12\x1a.dstm.lease.v1.HintRequest\x1a\x18.dstm.lease.v1.HintReply2B\n" +
 	"\x04Teps\x12:\n" +
-	"\x04Sync\x12\x15.dstm.lease.v1.SyncUp\x1a\x17.dstm.lease.v1.SyncDown(\x010\x012\xd3\x02\n" +
+	"\x04Sync\x12\x15.dstm.lease.v1.SyncUp\x1a\x17.dstm.lease.v1.SyncDown(\x010\x012T\n" +
+	"\bGateways\x12H\n" +
+	"\bQuestion\x12\x1e.dstm.lease.v1.QuestionRequest\x1a\x1c.dstm.lease.v1.QuestionReply2\xd3\x02\n" +
 	"\tOperators\x12D\n" +
 	"\n" +
 	"ListLeases\x12\x1a.dstm.lease.v1.ListRequest\x1a\x18.dstm.lease.v1.LeaseInfo0\x01\x129\n" +
@@ -3917,60 +4168,64 @@ func file_dstm_lease_v1_lease_proto_rawDescGZIP() []byte {
 }
 
 var file_dstm_lease_v1_lease_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dstm_lease_v1_lease_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_dstm_lease_v1_lease_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
 var file_dstm_lease_v1_lease_proto_goTypes = []any{
-	(HintState)(0),         // 0: dstm.lease.v1.HintState
-	(Trigger)(0),           // 1: dstm.lease.v1.Trigger
-	(Reason)(0),            // 2: dstm.lease.v1.Reason
-	(*Resource)(nil),       // 3: dstm.lease.v1.Resource
-	(*LeaseRef)(nil),       // 4: dstm.lease.v1.LeaseRef
-	(*AttendUp)(nil),       // 5: dstm.lease.v1.AttendUp
-	(*HostHello)(nil),      // 6: dstm.lease.v1.HostHello
-	(*Sources)(nil),        // 7: dstm.lease.v1.Sources
-	(*Installed)(nil),      // 8: dstm.lease.v1.Installed
-	(*AttendDown)(nil),     // 9: dstm.lease.v1.AttendDown
-	(*Welcome)(nil),        // 10: dstm.lease.v1.Welcome
-	(*Timers)(nil),         // 11: dstm.lease.v1.Timers
-	(*Offer)(nil),          // 12: dstm.lease.v1.Offer
-	(*Revoke)(nil),         // 13: dstm.lease.v1.Revoke
-	(*BindRequest)(nil),    // 14: dstm.lease.v1.BindRequest
-	(*Lease)(nil),          // 15: dstm.lease.v1.Lease
-	(*RenewRequest)(nil),   // 16: dstm.lease.v1.RenewRequest
-	(*ReleaseRequest)(nil), // 17: dstm.lease.v1.ReleaseRequest
-	(*ReleaseReply)(nil),   // 18: dstm.lease.v1.ReleaseReply
-	(*Prefix)(nil),         // 19: dstm.lease.v1.Prefix
-	(*WatchRequest)(nil),   // 20: dstm.lease.v1.WatchRequest
-	(*HostEvent)(nil),      // 21: dstm.lease.v1.HostEvent
-	(*HostState)(nil),      // 22: dstm.lease.v1.HostState
-	(*PoolState)(nil),      // 23: dstm.lease.v1.PoolState
-	(*HintRequest)(nil),    // 24: dstm.lease.v1.HintRequest
-	(*HintReply)(nil),      // 25: dstm.lease.v1.HintReply
-	(*SyncUp)(nil),         // 26: dstm.lease.v1.SyncUp
-	(*TepHello)(nil),       // 27: dstm.lease.v1.TepHello
-	(*Heartbeat)(nil),      // 28: dstm.lease.v1.Heartbeat
-	(*Ack)(nil),            // 29: dstm.lease.v1.Ack
-	(*Nack)(nil),           // 30: dstm.lease.v1.Nack
-	(*SyncDown)(nil),       // 31: dstm.lease.v1.SyncDown
-	(*SessionReply)(nil),   // 32: dstm.lease.v1.SessionReply
-	(*SnapshotChunk)(nil),  // 33: dstm.lease.v1.SnapshotChunk
-	(*Batch)(nil),          // 34: dstm.lease.v1.Batch
-	(*Record)(nil),         // 35: dstm.lease.v1.Record
-	(*Binding)(nil),        // 36: dstm.lease.v1.Binding
-	(*Unbind)(nil),         // 37: dstm.lease.v1.Unbind
-	(*PoolRecord)(nil),     // 38: dstm.lease.v1.PoolRecord
-	(*ListRequest)(nil),    // 39: dstm.lease.v1.ListRequest
-	(*LeaseInfo)(nil),      // 40: dstm.lease.v1.LeaseInfo
-	(*WhoRequest)(nil),     // 41: dstm.lease.v1.WhoRequest
-	(*WhoReply)(nil),       // 42: dstm.lease.v1.WhoReply
-	(*Holding)(nil),        // 43: dstm.lease.v1.Holding
-	(*PoolsRequest)(nil),   // 44: dstm.lease.v1.PoolsRequest
-	(*PoolInfo)(nil),       // 45: dstm.lease.v1.PoolInfo
-	(*PoolsReply)(nil),     // 46: dstm.lease.v1.PoolsReply
-	(*TepsRequest)(nil),    // 47: dstm.lease.v1.TepsRequest
-	(*TepInfo)(nil),        // 48: dstm.lease.v1.TepInfo
-	(*TepsReply)(nil),      // 49: dstm.lease.v1.TepsReply
-	(*RevokeRequest)(nil),  // 50: dstm.lease.v1.RevokeRequest
-	(*RevokeReply)(nil),    // 51: dstm.lease.v1.RevokeReply
+	(HintState)(0),          // 0: dstm.lease.v1.HintState
+	(Trigger)(0),            // 1: dstm.lease.v1.Trigger
+	(Reason)(0),             // 2: dstm.lease.v1.Reason
+	(*Resource)(nil),        // 3: dstm.lease.v1.Resource
+	(*LeaseRef)(nil),        // 4: dstm.lease.v1.LeaseRef
+	(*AttendUp)(nil),        // 5: dstm.lease.v1.AttendUp
+	(*HostHello)(nil),       // 6: dstm.lease.v1.HostHello
+	(*Sources)(nil),         // 7: dstm.lease.v1.Sources
+	(*Installed)(nil),       // 8: dstm.lease.v1.Installed
+	(*AttendDown)(nil),      // 9: dstm.lease.v1.AttendDown
+	(*Welcome)(nil),         // 10: dstm.lease.v1.Welcome
+	(*Timers)(nil),          // 11: dstm.lease.v1.Timers
+	(*Offer)(nil),           // 12: dstm.lease.v1.Offer
+	(*Revoke)(nil),          // 13: dstm.lease.v1.Revoke
+	(*BindRequest)(nil),     // 14: dstm.lease.v1.BindRequest
+	(*Lease)(nil),           // 15: dstm.lease.v1.Lease
+	(*RenewRequest)(nil),    // 16: dstm.lease.v1.RenewRequest
+	(*ReleaseRequest)(nil),  // 17: dstm.lease.v1.ReleaseRequest
+	(*ReleaseReply)(nil),    // 18: dstm.lease.v1.ReleaseReply
+	(*Prefix)(nil),          // 19: dstm.lease.v1.Prefix
+	(*WatchRequest)(nil),    // 20: dstm.lease.v1.WatchRequest
+	(*HostEvent)(nil),       // 21: dstm.lease.v1.HostEvent
+	(*HostState)(nil),       // 22: dstm.lease.v1.HostState
+	(*PoolState)(nil),       // 23: dstm.lease.v1.PoolState
+	(*HintRequest)(nil),     // 24: dstm.lease.v1.HintRequest
+	(*HintReply)(nil),       // 25: dstm.lease.v1.HintReply
+	(*SyncUp)(nil),          // 26: dstm.lease.v1.SyncUp
+	(*TepHello)(nil),        // 27: dstm.lease.v1.TepHello
+	(*Heartbeat)(nil),       // 28: dstm.lease.v1.Heartbeat
+	(*Ack)(nil),             // 29: dstm.lease.v1.Ack
+	(*Nack)(nil),            // 30: dstm.lease.v1.Nack
+	(*SyncDown)(nil),        // 31: dstm.lease.v1.SyncDown
+	(*SessionReply)(nil),    // 32: dstm.lease.v1.SessionReply
+	(*Endpoint)(nil),        // 33: dstm.lease.v1.Endpoint
+	(*Peer)(nil),            // 34: dstm.lease.v1.Peer
+	(*QuestionRequest)(nil), // 35: dstm.lease.v1.QuestionRequest
+	(*QuestionReply)(nil),   // 36: dstm.lease.v1.QuestionReply
+	(*SnapshotChunk)(nil),   // 37: dstm.lease.v1.SnapshotChunk
+	(*Batch)(nil),           // 38: dstm.lease.v1.Batch
+	(*Record)(nil),          // 39: dstm.lease.v1.Record
+	(*Binding)(nil),         // 40: dstm.lease.v1.Binding
+	(*Unbind)(nil),          // 41: dstm.lease.v1.Unbind
+	(*PoolRecord)(nil),      // 42: dstm.lease.v1.PoolRecord
+	(*ListRequest)(nil),     // 43: dstm.lease.v1.ListRequest
+	(*LeaseInfo)(nil),       // 44: dstm.lease.v1.LeaseInfo
+	(*WhoRequest)(nil),      // 45: dstm.lease.v1.WhoRequest
+	(*WhoReply)(nil),        // 46: dstm.lease.v1.WhoReply
+	(*Holding)(nil),         // 47: dstm.lease.v1.Holding
+	(*PoolsRequest)(nil),    // 48: dstm.lease.v1.PoolsRequest
+	(*PoolInfo)(nil),        // 49: dstm.lease.v1.PoolInfo
+	(*PoolsReply)(nil),      // 50: dstm.lease.v1.PoolsReply
+	(*TepsRequest)(nil),     // 51: dstm.lease.v1.TepsRequest
+	(*TepInfo)(nil),         // 52: dstm.lease.v1.TepInfo
+	(*TepsReply)(nil),       // 53: dstm.lease.v1.TepsReply
+	(*RevokeRequest)(nil),   // 54: dstm.lease.v1.RevokeRequest
+	(*RevokeReply)(nil),     // 55: dstm.lease.v1.RevokeReply
 }
 var file_dstm_lease_v1_lease_proto_depIdxs = []int32{
 	3,  // 0: dstm.lease.v1.LeaseRef.res:type_name -> dstm.lease.v1.Resource
@@ -4001,54 +4256,59 @@ var file_dstm_lease_v1_lease_proto_depIdxs = []int32{
 	27, // 25: dstm.lease.v1.SyncUp.hello:type_name -> dstm.lease.v1.TepHello
 	28, // 26: dstm.lease.v1.SyncUp.beat:type_name -> dstm.lease.v1.Heartbeat
 	29, // 27: dstm.lease.v1.SyncUp.ack:type_name -> dstm.lease.v1.Ack
-	30, // 28: dstm.lease.v1.Ack.nacks:type_name -> dstm.lease.v1.Nack
-	3,  // 29: dstm.lease.v1.Nack.res:type_name -> dstm.lease.v1.Resource
-	32, // 30: dstm.lease.v1.SyncDown.session:type_name -> dstm.lease.v1.SessionReply
-	33, // 31: dstm.lease.v1.SyncDown.snapshot:type_name -> dstm.lease.v1.SnapshotChunk
-	34, // 32: dstm.lease.v1.SyncDown.batch:type_name -> dstm.lease.v1.Batch
-	35, // 33: dstm.lease.v1.SnapshotChunk.records:type_name -> dstm.lease.v1.Record
-	35, // 34: dstm.lease.v1.Batch.records:type_name -> dstm.lease.v1.Record
-	36, // 35: dstm.lease.v1.Record.bind:type_name -> dstm.lease.v1.Binding
-	37, // 36: dstm.lease.v1.Record.unbind:type_name -> dstm.lease.v1.Unbind
-	38, // 37: dstm.lease.v1.Record.pool:type_name -> dstm.lease.v1.PoolRecord
-	3,  // 38: dstm.lease.v1.Binding.res:type_name -> dstm.lease.v1.Resource
-	3,  // 39: dstm.lease.v1.Unbind.res:type_name -> dstm.lease.v1.Resource
-	3,  // 40: dstm.lease.v1.LeaseInfo.res:type_name -> dstm.lease.v1.Resource
-	43, // 41: dstm.lease.v1.WhoReply.holdings:type_name -> dstm.lease.v1.Holding
-	3,  // 42: dstm.lease.v1.Holding.res:type_name -> dstm.lease.v1.Resource
-	2,  // 43: dstm.lease.v1.Holding.end:type_name -> dstm.lease.v1.Reason
-	45, // 44: dstm.lease.v1.PoolsReply.pools:type_name -> dstm.lease.v1.PoolInfo
-	48, // 45: dstm.lease.v1.TepsReply.teps:type_name -> dstm.lease.v1.TepInfo
-	3,  // 46: dstm.lease.v1.RevokeRequest.res:type_name -> dstm.lease.v1.Resource
-	5,  // 47: dstm.lease.v1.Hosts.Attend:input_type -> dstm.lease.v1.AttendUp
-	14, // 48: dstm.lease.v1.Hosts.Bind:input_type -> dstm.lease.v1.BindRequest
-	16, // 49: dstm.lease.v1.Hosts.Renew:input_type -> dstm.lease.v1.RenewRequest
-	17, // 50: dstm.lease.v1.Hosts.Release:input_type -> dstm.lease.v1.ReleaseRequest
-	20, // 51: dstm.lease.v1.Resolvers.WatchHosts:input_type -> dstm.lease.v1.WatchRequest
-	24, // 52: dstm.lease.v1.Resolvers.Hint:input_type -> dstm.lease.v1.HintRequest
-	26, // 53: dstm.lease.v1.Teps.Sync:input_type -> dstm.lease.v1.SyncUp
-	39, // 54: dstm.lease.v1.Operators.ListLeases:input_type -> dstm.lease.v1.ListRequest
-	41, // 55: dstm.lease.v1.Operators.Who:input_type -> dstm.lease.v1.WhoRequest
-	44, // 56: dstm.lease.v1.Operators.Pools:input_type -> dstm.lease.v1.PoolsRequest
-	47, // 57: dstm.lease.v1.Operators.ListTeps:input_type -> dstm.lease.v1.TepsRequest
-	50, // 58: dstm.lease.v1.Operators.Revoke:input_type -> dstm.lease.v1.RevokeRequest
-	9,  // 59: dstm.lease.v1.Hosts.Attend:output_type -> dstm.lease.v1.AttendDown
-	15, // 60: dstm.lease.v1.Hosts.Bind:output_type -> dstm.lease.v1.Lease
-	15, // 61: dstm.lease.v1.Hosts.Renew:output_type -> dstm.lease.v1.Lease
-	18, // 62: dstm.lease.v1.Hosts.Release:output_type -> dstm.lease.v1.ReleaseReply
-	21, // 63: dstm.lease.v1.Resolvers.WatchHosts:output_type -> dstm.lease.v1.HostEvent
-	25, // 64: dstm.lease.v1.Resolvers.Hint:output_type -> dstm.lease.v1.HintReply
-	31, // 65: dstm.lease.v1.Teps.Sync:output_type -> dstm.lease.v1.SyncDown
-	40, // 66: dstm.lease.v1.Operators.ListLeases:output_type -> dstm.lease.v1.LeaseInfo
-	42, // 67: dstm.lease.v1.Operators.Who:output_type -> dstm.lease.v1.WhoReply
-	46, // 68: dstm.lease.v1.Operators.Pools:output_type -> dstm.lease.v1.PoolsReply
-	49, // 69: dstm.lease.v1.Operators.ListTeps:output_type -> dstm.lease.v1.TepsReply
-	51, // 70: dstm.lease.v1.Operators.Revoke:output_type -> dstm.lease.v1.RevokeReply
-	59, // [59:71] is the sub-list for method output_type
-	47, // [47:59] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	33, // 28: dstm.lease.v1.TepHello.question:type_name -> dstm.lease.v1.Endpoint
+	30, // 29: dstm.lease.v1.Ack.nacks:type_name -> dstm.lease.v1.Nack
+	3,  // 30: dstm.lease.v1.Nack.res:type_name -> dstm.lease.v1.Resource
+	32, // 31: dstm.lease.v1.SyncDown.session:type_name -> dstm.lease.v1.SessionReply
+	37, // 32: dstm.lease.v1.SyncDown.snapshot:type_name -> dstm.lease.v1.SnapshotChunk
+	38, // 33: dstm.lease.v1.SyncDown.batch:type_name -> dstm.lease.v1.Batch
+	34, // 34: dstm.lease.v1.SessionReply.others:type_name -> dstm.lease.v1.Peer
+	33, // 35: dstm.lease.v1.Peer.question:type_name -> dstm.lease.v1.Endpoint
+	39, // 36: dstm.lease.v1.SnapshotChunk.records:type_name -> dstm.lease.v1.Record
+	39, // 37: dstm.lease.v1.Batch.records:type_name -> dstm.lease.v1.Record
+	40, // 38: dstm.lease.v1.Record.bind:type_name -> dstm.lease.v1.Binding
+	41, // 39: dstm.lease.v1.Record.unbind:type_name -> dstm.lease.v1.Unbind
+	42, // 40: dstm.lease.v1.Record.pool:type_name -> dstm.lease.v1.PoolRecord
+	3,  // 41: dstm.lease.v1.Binding.res:type_name -> dstm.lease.v1.Resource
+	3,  // 42: dstm.lease.v1.Unbind.res:type_name -> dstm.lease.v1.Resource
+	3,  // 43: dstm.lease.v1.LeaseInfo.res:type_name -> dstm.lease.v1.Resource
+	47, // 44: dstm.lease.v1.WhoReply.holdings:type_name -> dstm.lease.v1.Holding
+	3,  // 45: dstm.lease.v1.Holding.res:type_name -> dstm.lease.v1.Resource
+	2,  // 46: dstm.lease.v1.Holding.end:type_name -> dstm.lease.v1.Reason
+	49, // 47: dstm.lease.v1.PoolsReply.pools:type_name -> dstm.lease.v1.PoolInfo
+	52, // 48: dstm.lease.v1.TepsReply.teps:type_name -> dstm.lease.v1.TepInfo
+	3,  // 49: dstm.lease.v1.RevokeRequest.res:type_name -> dstm.lease.v1.Resource
+	5,  // 50: dstm.lease.v1.Hosts.Attend:input_type -> dstm.lease.v1.AttendUp
+	14, // 51: dstm.lease.v1.Hosts.Bind:input_type -> dstm.lease.v1.BindRequest
+	16, // 52: dstm.lease.v1.Hosts.Renew:input_type -> dstm.lease.v1.RenewRequest
+	17, // 53: dstm.lease.v1.Hosts.Release:input_type -> dstm.lease.v1.ReleaseRequest
+	20, // 54: dstm.lease.v1.Resolvers.WatchHosts:input_type -> dstm.lease.v1.WatchRequest
+	24, // 55: dstm.lease.v1.Resolvers.Hint:input_type -> dstm.lease.v1.HintRequest
+	26, // 56: dstm.lease.v1.Teps.Sync:input_type -> dstm.lease.v1.SyncUp
+	35, // 57: dstm.lease.v1.Gateways.Question:input_type -> dstm.lease.v1.QuestionRequest
+	43, // 58: dstm.lease.v1.Operators.ListLeases:input_type -> dstm.lease.v1.ListRequest
+	45, // 59: dstm.lease.v1.Operators.Who:input_type -> dstm.lease.v1.WhoRequest
+	48, // 60: dstm.lease.v1.Operators.Pools:input_type -> dstm.lease.v1.PoolsRequest
+	51, // 61: dstm.lease.v1.Operators.ListTeps:input_type -> dstm.lease.v1.TepsRequest
+	54, // 62: dstm.lease.v1.Operators.Revoke:input_type -> dstm.lease.v1.RevokeRequest
+	9,  // 63: dstm.lease.v1.Hosts.Attend:output_type -> dstm.lease.v1.AttendDown
+	15, // 64: dstm.lease.v1.Hosts.Bind:output_type -> dstm.lease.v1.Lease
+	15, // 65: dstm.lease.v1.Hosts.Renew:output_type -> dstm.lease.v1.Lease
+	18, // 66: dstm.lease.v1.Hosts.Release:output_type -> dstm.lease.v1.ReleaseReply
+	21, // 67: dstm.lease.v1.Resolvers.WatchHosts:output_type -> dstm.lease.v1.HostEvent
+	25, // 68: dstm.lease.v1.Resolvers.Hint:output_type -> dstm.lease.v1.HintReply
+	31, // 69: dstm.lease.v1.Teps.Sync:output_type -> dstm.lease.v1.SyncDown
+	36, // 70: dstm.lease.v1.Gateways.Question:output_type -> dstm.lease.v1.QuestionReply
+	44, // 71: dstm.lease.v1.Operators.ListLeases:output_type -> dstm.lease.v1.LeaseInfo
+	46, // 72: dstm.lease.v1.Operators.Who:output_type -> dstm.lease.v1.WhoReply
+	50, // 73: dstm.lease.v1.Operators.Pools:output_type -> dstm.lease.v1.PoolsReply
+	53, // 74: dstm.lease.v1.Operators.ListTeps:output_type -> dstm.lease.v1.TepsReply
+	55, // 75: dstm.lease.v1.Operators.Revoke:output_type -> dstm.lease.v1.RevokeReply
+	63, // [63:76] is the sub-list for method output_type
+	50, // [50:63] is the sub-list for method input_type
+	50, // [50:50] is the sub-list for extension type_name
+	50, // [50:50] is the sub-list for extension extendee
+	0,  // [0:50] is the sub-list for field type_name
 }
 
 func init() { file_dstm_lease_v1_lease_proto_init() }
@@ -4082,7 +4342,7 @@ func file_dstm_lease_v1_lease_proto_init() {
 		(*SyncDown_Snapshot)(nil),
 		(*SyncDown_Batch)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[32].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[36].OneofWrappers = []any{
 		(*Record_Bind)(nil),
 		(*Record_Unbind)(nil),
 		(*Record_Pool)(nil),
@@ -4093,9 +4353,9 @@ func file_dstm_lease_v1_lease_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dstm_lease_v1_lease_proto_rawDesc), len(file_dstm_lease_v1_lease_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   49,
+			NumMessages:   53,
 			NumExtensions: 0,
-			NumServices:   4,
+			NumServices:   5,
 		},
 		GoTypes:           file_dstm_lease_v1_lease_proto_goTypes,
 		DependencyIndexes: file_dstm_lease_v1_lease_proto_depIdxs,

@@ -505,6 +505,116 @@ var Teps_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
+	Gateways_Question_FullMethodName = "/dstm.lease.v1.Gateways/Question"
+)
+
+// GatewaysClient is the client API for Gateways service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Gateways is what gateways (role tep) serve each other, at an address of their own.
+type GatewaysClient interface {
+	// Question asks whether the called gateway has no session with the lease service (F9). Saying yes ends its continuous
+	// session.
+	Question(ctx context.Context, in *QuestionRequest, opts ...grpc.CallOption) (*QuestionReply, error)
+}
+
+type gatewaysClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewGatewaysClient(cc grpc.ClientConnInterface) GatewaysClient {
+	return &gatewaysClient{cc}
+}
+
+func (c *gatewaysClient) Question(ctx context.Context, in *QuestionRequest, opts ...grpc.CallOption) (*QuestionReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(QuestionReply)
+	err := c.cc.Invoke(ctx, Gateways_Question_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// GatewaysServer is the server API for Gateways service.
+// All implementations must embed UnimplementedGatewaysServer
+// for forward compatibility.
+//
+// Gateways is what gateways (role tep) serve each other, at an address of their own.
+type GatewaysServer interface {
+	// Question asks whether the called gateway has no session with the lease service (F9). Saying yes ends its continuous
+	// session.
+	Question(context.Context, *QuestionRequest) (*QuestionReply, error)
+	mustEmbedUnimplementedGatewaysServer()
+}
+
+// UnimplementedGatewaysServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedGatewaysServer struct{}
+
+func (UnimplementedGatewaysServer) Question(context.Context, *QuestionRequest) (*QuestionReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Question not implemented")
+}
+func (UnimplementedGatewaysServer) mustEmbedUnimplementedGatewaysServer() {}
+func (UnimplementedGatewaysServer) testEmbeddedByValue()                  {}
+
+// UnsafeGatewaysServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to GatewaysServer will
+// result in compilation errors.
+type UnsafeGatewaysServer interface {
+	mustEmbedUnimplementedGatewaysServer()
+}
+
+func RegisterGatewaysServer(s grpc.ServiceRegistrar, srv GatewaysServer) {
+	// If the following call panics, it indicates UnimplementedGatewaysServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Gateways_ServiceDesc, srv)
+}
+
+func _Gateways_Question_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(QuestionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(GatewaysServer).Question(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Gateways_Question_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(GatewaysServer).Question(ctx, req.(*QuestionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Gateways_ServiceDesc is the grpc.ServiceDesc for Gateways service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Gateways_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "dstm.lease.v1.Gateways",
+	HandlerType: (*GatewaysServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Question",
+			Handler:    _Gateways_Question_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "dstm/lease/v1/lease.proto",
+}
+
+const (
 	Operators_ListLeases_FullMethodName = "/dstm.lease.v1.Operators/ListLeases"
 	Operators_Who_FullMethodName        = "/dstm.lease.v1.Operators/Who"
 	Operators_Pools_FullMethodName      = "/dstm.lease.v1.Operators/Pools"

@@ -33,6 +33,7 @@ type Meta struct {
 	Layout        uint32                 `protobuf:"varint,5,opt,name=layout,proto3" json:"layout,omitempty"`
 	Secret        []byte                 `protobuf:"bytes,6,opt,name=secret,proto3" json:"secret,omitempty"`      // 32 random bytes of this cluster, see State.Secret
 	Restored      bool                   `protobuf:"varint,7,opt,name=restored,proto3" json:"restored,omitempty"` // see State.Restored
+	Audit         *AuditHead             `protobuf:"bytes,8,opt,name=audit,proto3" json:"audit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -114,6 +115,13 @@ func (x *Meta) GetRestored() bool {
 		return x.Restored
 	}
 	return false
+}
+
+func (x *Meta) GetAudit() *AuditHead {
+	if x != nil {
+		return x.Audit
+	}
+	return nil
 }
 
 type Address struct {
@@ -264,34 +272,32 @@ func (x *Address) GetEnd() uint32 {
 	return 0
 }
 
-type Audit struct {
+// AuditHead is where the chain of the audit log stands, see package audit.
+type AuditHead struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
-	Source        []byte                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
-	Tep           []byte                 `protobuf:"bytes,3,opt,name=tep,proto3" json:"tep,omitempty"`
-	Trigger       uint32                 `protobuf:"varint,4,opt,name=trigger,proto3" json:"trigger,omitempty"`
-	Bound         int64                  `protobuf:"varint,5,opt,name=bound,proto3" json:"bound,omitempty"`
-	Unbound       int64                  `protobuf:"varint,6,opt,name=unbound,proto3" json:"unbound,omitempty"`
-	Fenced        int64                  `protobuf:"varint,7,opt,name=fenced,proto3" json:"fenced,omitempty"`
-	End           uint32                 `protobuf:"varint,8,opt,name=end,proto3" json:"end,omitempty"`
+	LastRev       uint64                 `protobuf:"varint,1,opt,name=last_rev,json=lastRev,proto3" json:"last_rev,omitempty"` // of the newest record ever
+	Chain         []byte                 `protobuf:"bytes,2,opt,name=chain,proto3" json:"chain,omitempty"`                     // after it
+	BaseRev       uint64                 `protobuf:"varint,3,opt,name=base_rev,json=baseRev,proto3" json:"base_rev,omitempty"` // up to here the log is pruned
+	Base          []byte                 `protobuf:"bytes,4,opt,name=base,proto3" json:"base,omitempty"`                       // the chain after base_rev
+	Kept          []byte                 `protobuf:"bytes,5,opt,name=kept,proto3" json:"kept,omitempty"`                       // fingerprint of the records up to base_rev that are still there
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *Audit) Reset() {
-	*x = Audit{}
+func (x *AuditHead) Reset() {
+	*x = AuditHead{}
 	mi := &file_dstm_store_v1_store_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *Audit) String() string {
+func (x *AuditHead) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*Audit) ProtoMessage() {}
+func (*AuditHead) ProtoMessage() {}
 
-func (x *Audit) ProtoReflect() protoreflect.Message {
+func (x *AuditHead) ProtoReflect() protoreflect.Message {
 	mi := &file_dstm_store_v1_store_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -303,63 +309,390 @@ func (x *Audit) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use Audit.ProtoReflect.Descriptor instead.
-func (*Audit) Descriptor() ([]byte, []int) {
+// Deprecated: Use AuditHead.ProtoReflect.Descriptor instead.
+func (*AuditHead) Descriptor() ([]byte, []int) {
 	return file_dstm_store_v1_store_proto_rawDescGZIP(), []int{2}
 }
 
-func (x *Audit) GetHost() string {
+func (x *AuditHead) GetLastRev() uint64 {
+	if x != nil {
+		return x.LastRev
+	}
+	return 0
+}
+
+func (x *AuditHead) GetChain() []byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+func (x *AuditHead) GetBaseRev() uint64 {
+	if x != nil {
+		return x.BaseRev
+	}
+	return 0
+}
+
+func (x *AuditHead) GetBase() []byte {
+	if x != nil {
+		return x.Base
+	}
+	return nil
+}
+
+func (x *AuditHead) GetKept() []byte {
+	if x != nil {
+		return x.Kept
+	}
+	return nil
+}
+
+// AuditRecord is one event of a lease. Its revision is its key.
+type AuditRecord struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Addr    uint32                 `protobuf:"fixed32,1,opt,name=addr,proto3" json:"addr,omitempty"`
+	PortSet uint32                 `protobuf:"varint,2,opt,name=port_set,json=portSet,proto3" json:"port_set,omitempty"` // psid_len << 16 | psid
+	Epoch   uint32                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`                    // of the generation
+	Since   uint64                 `protobuf:"varint,4,opt,name=since,proto3" json:"since,omitempty"`                    // revisions since the one of the generation, in which the lease was bound
+	T       int64                  `protobuf:"fixed64,5,opt,name=t,proto3" json:"t,omitempty"`
+	// Types that are valid to be assigned to Kind:
+	//
+	//	*AuditRecord_Bound
+	//	*AuditRecord_Unbound
+	//	*AuditRecord_Fenced
+	Kind          isAuditRecord_Kind `protobuf_oneof:"kind"`
+	Before        []byte             `protobuf:"bytes,9,opt,name=before,proto3" json:"before,omitempty"` // the chain before this record: in the first of each 64 revisions
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditRecord) Reset() {
+	*x = AuditRecord{}
+	mi := &file_dstm_store_v1_store_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditRecord) ProtoMessage() {}
+
+func (x *AuditRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_store_v1_store_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
+func (*AuditRecord) Descriptor() ([]byte, []int) {
+	return file_dstm_store_v1_store_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *AuditRecord) GetAddr() uint32 {
+	if x != nil {
+		return x.Addr
+	}
+	return 0
+}
+
+func (x *AuditRecord) GetPortSet() uint32 {
+	if x != nil {
+		return x.PortSet
+	}
+	return 0
+}
+
+func (x *AuditRecord) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *AuditRecord) GetSince() uint64 {
+	if x != nil {
+		return x.Since
+	}
+	return 0
+}
+
+func (x *AuditRecord) GetT() int64 {
+	if x != nil {
+		return x.T
+	}
+	return 0
+}
+
+func (x *AuditRecord) GetKind() isAuditRecord_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return nil
+}
+
+func (x *AuditRecord) GetBound() *AuditBound {
+	if x != nil {
+		if x, ok := x.Kind.(*AuditRecord_Bound); ok {
+			return x.Bound
+		}
+	}
+	return nil
+}
+
+func (x *AuditRecord) GetUnbound() *AuditUnbound {
+	if x != nil {
+		if x, ok := x.Kind.(*AuditRecord_Unbound); ok {
+			return x.Unbound
+		}
+	}
+	return nil
+}
+
+func (x *AuditRecord) GetFenced() *AuditFenced {
+	if x != nil {
+		if x, ok := x.Kind.(*AuditRecord_Fenced); ok {
+			return x.Fenced
+		}
+	}
+	return nil
+}
+
+func (x *AuditRecord) GetBefore() []byte {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
+type isAuditRecord_Kind interface {
+	isAuditRecord_Kind()
+}
+
+type AuditRecord_Bound struct {
+	Bound *AuditBound `protobuf:"bytes,6,opt,name=bound,proto3,oneof"`
+}
+
+type AuditRecord_Unbound struct {
+	Unbound *AuditUnbound `protobuf:"bytes,7,opt,name=unbound,proto3,oneof"`
+}
+
+type AuditRecord_Fenced struct {
+	Fenced *AuditFenced `protobuf:"bytes,8,opt,name=fenced,proto3,oneof"`
+}
+
+func (*AuditRecord_Bound) isAuditRecord_Kind() {}
+
+func (*AuditRecord_Unbound) isAuditRecord_Kind() {}
+
+func (*AuditRecord_Fenced) isAuditRecord_Kind() {}
+
+type AuditBound struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	Source        []byte                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	Tep           []byte                 `protobuf:"bytes,3,opt,name=tep,proto3" json:"tep,omitempty"`
+	Trigger       uint32                 `protobuf:"varint,4,opt,name=trigger,proto3" json:"trigger,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditBound) Reset() {
+	*x = AuditBound{}
+	mi := &file_dstm_store_v1_store_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditBound) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditBound) ProtoMessage() {}
+
+func (x *AuditBound) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_store_v1_store_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditBound.ProtoReflect.Descriptor instead.
+func (*AuditBound) Descriptor() ([]byte, []int) {
+	return file_dstm_store_v1_store_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *AuditBound) GetHost() string {
 	if x != nil {
 		return x.Host
 	}
 	return ""
 }
 
-func (x *Audit) GetSource() []byte {
+func (x *AuditBound) GetSource() []byte {
 	if x != nil {
 		return x.Source
 	}
 	return nil
 }
 
-func (x *Audit) GetTep() []byte {
+func (x *AuditBound) GetTep() []byte {
 	if x != nil {
 		return x.Tep
 	}
 	return nil
 }
 
-func (x *Audit) GetTrigger() uint32 {
+func (x *AuditBound) GetTrigger() uint32 {
 	if x != nil {
 		return x.Trigger
 	}
 	return 0
 }
 
-func (x *Audit) GetBound() int64 {
+type AuditUnbound struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reason        uint32                 `protobuf:"varint,1,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditUnbound) Reset() {
+	*x = AuditUnbound{}
+	mi := &file_dstm_store_v1_store_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditUnbound) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditUnbound) ProtoMessage() {}
+
+func (x *AuditUnbound) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_store_v1_store_proto_msgTypes[5]
 	if x != nil {
-		return x.Bound
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditUnbound.ProtoReflect.Descriptor instead.
+func (*AuditUnbound) Descriptor() ([]byte, []int) {
+	return file_dstm_store_v1_store_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *AuditUnbound) GetReason() uint32 {
+	if x != nil {
+		return x.Reason
 	}
 	return 0
 }
 
-func (x *Audit) GetUnbound() int64 {
+type AuditFenced struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditFenced) Reset() {
+	*x = AuditFenced{}
+	mi := &file_dstm_store_v1_store_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditFenced) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditFenced) ProtoMessage() {}
+
+func (x *AuditFenced) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_store_v1_store_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditFenced.ProtoReflect.Descriptor instead.
+func (*AuditFenced) Descriptor() ([]byte, []int) {
+	return file_dstm_store_v1_store_proto_rawDescGZIP(), []int{6}
+}
+
+// AuditLease is the index entry of a lease: how many revisions after it was bound. 0 = not yet.
+type AuditLease struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Unbound       uint64                 `protobuf:"varint,1,opt,name=unbound,proto3" json:"unbound,omitempty"`
+	Fenced        uint64                 `protobuf:"varint,2,opt,name=fenced,proto3" json:"fenced,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditLease) Reset() {
+	*x = AuditLease{}
+	mi := &file_dstm_store_v1_store_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditLease) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditLease) ProtoMessage() {}
+
+func (x *AuditLease) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_store_v1_store_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditLease.ProtoReflect.Descriptor instead.
+func (*AuditLease) Descriptor() ([]byte, []int) {
+	return file_dstm_store_v1_store_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *AuditLease) GetUnbound() uint64 {
 	if x != nil {
 		return x.Unbound
 	}
 	return 0
 }
 
-func (x *Audit) GetFenced() int64 {
+func (x *AuditLease) GetFenced() uint64 {
 	if x != nil {
 		return x.Fenced
-	}
-	return 0
-}
-
-func (x *Audit) GetEnd() uint32 {
-	if x != nil {
-		return x.End
 	}
 	return 0
 }
@@ -377,7 +710,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_dstm_store_v1_store_proto_msgTypes[3]
+	mi := &file_dstm_store_v1_store_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -389,7 +722,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_store_v1_store_proto_msgTypes[3]
+	mi := &file_dstm_store_v1_store_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -402,7 +735,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_dstm_store_v1_store_proto_rawDescGZIP(), []int{3}
+	return file_dstm_store_v1_store_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Member) GetInstance() string {
@@ -451,7 +784,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_dstm_store_v1_store_proto_msgTypes[4]
+	mi := &file_dstm_store_v1_store_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -463,7 +796,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_store_v1_store_proto_msgTypes[4]
+	mi := &file_dstm_store_v1_store_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -476,7 +809,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_dstm_store_v1_store_proto_rawDescGZIP(), []int{4}
+	return file_dstm_store_v1_store_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Pool) GetPrefix() []byte {
@@ -504,7 +837,7 @@ var File_dstm_store_v1_store_proto protoreflect.FileDescriptor
 
 const file_dstm_store_v1_store_proto_rawDesc = "" +
 	"\n" +
-	"\x19dstm/store/v1/store.proto\x12\rdstm.store.v1\"\xbf\x01\n" +
+	"\x19dstm/store/v1/store.proto\x12\rdstm.store.v1\"\xef\x01\n" +
 	"\x04Meta\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\fR\tclusterId\x12\x14\n" +
@@ -513,7 +846,8 @@ const file_dstm_store_v1_store_proto_rawDesc = "" +
 	"\tlast_wall\x18\x04 \x01(\x03R\blastWall\x12\x16\n" +
 	"\x06layout\x18\x05 \x01(\rR\x06layout\x12\x16\n" +
 	"\x06secret\x18\x06 \x01(\fR\x06secret\x12\x1a\n" +
-	"\brestored\x18\a \x01(\bR\brestored\"\xd0\x02\n" +
+	"\brestored\x18\a \x01(\bR\brestored\x12.\n" +
+	"\x05audit\x18\b \x01(\v2\x18.dstm.store.v1.AuditHeadR\x05audit\"\xd0\x02\n" +
 	"\aAddress\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\rR\x05state\x12\x10\n" +
 	"\x03gen\x18\x02 \x01(\x04R\x03gen\x12\x10\n" +
@@ -531,16 +865,37 @@ const file_dstm_store_v1_store_proto_rawDesc = "" +
 	"unbound_at\x18\v \x01(\x03R\tunboundAt\x12\x1b\n" +
 	"\tfenced_at\x18\f \x01(\x03R\bfencedAt\x12\x19\n" +
 	"\bvalid_ms\x18\r \x01(\x04R\avalidMs\x12\x10\n" +
-	"\x03end\x18\x0e \x01(\rR\x03end\"\xb9\x01\n" +
-	"\x05Audit\x12\x12\n" +
+	"\x03end\x18\x0e \x01(\rR\x03end\"\x7f\n" +
+	"\tAuditHead\x12\x19\n" +
+	"\blast_rev\x18\x01 \x01(\x04R\alastRev\x12\x14\n" +
+	"\x05chain\x18\x02 \x01(\fR\x05chain\x12\x19\n" +
+	"\bbase_rev\x18\x03 \x01(\x04R\abaseRev\x12\x12\n" +
+	"\x04base\x18\x04 \x01(\fR\x04base\x12\x12\n" +
+	"\x04kept\x18\x05 \x01(\fR\x04kept\"\xb8\x02\n" +
+	"\vAuditRecord\x12\x12\n" +
+	"\x04addr\x18\x01 \x01(\aR\x04addr\x12\x19\n" +
+	"\bport_set\x18\x02 \x01(\rR\aportSet\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\rR\x05epoch\x12\x14\n" +
+	"\x05since\x18\x04 \x01(\x04R\x05since\x12\f\n" +
+	"\x01t\x18\x05 \x01(\x10R\x01t\x121\n" +
+	"\x05bound\x18\x06 \x01(\v2\x19.dstm.store.v1.AuditBoundH\x00R\x05bound\x127\n" +
+	"\aunbound\x18\a \x01(\v2\x1b.dstm.store.v1.AuditUnboundH\x00R\aunbound\x124\n" +
+	"\x06fenced\x18\b \x01(\v2\x1a.dstm.store.v1.AuditFencedH\x00R\x06fenced\x12\x16\n" +
+	"\x06before\x18\t \x01(\fR\x06beforeB\x06\n" +
+	"\x04kind\"d\n" +
+	"\n" +
+	"AuditBound\x12\x12\n" +
 	"\x04host\x18\x01 \x01(\tR\x04host\x12\x16\n" +
 	"\x06source\x18\x02 \x01(\fR\x06source\x12\x10\n" +
 	"\x03tep\x18\x03 \x01(\fR\x03tep\x12\x18\n" +
-	"\atrigger\x18\x04 \x01(\rR\atrigger\x12\x14\n" +
-	"\x05bound\x18\x05 \x01(\x03R\x05bound\x12\x18\n" +
-	"\aunbound\x18\x06 \x01(\x03R\aunbound\x12\x16\n" +
-	"\x06fenced\x18\a \x01(\x03R\x06fenced\x12\x10\n" +
-	"\x03end\x18\b \x01(\rR\x03end\"\x97\x01\n" +
+	"\atrigger\x18\x04 \x01(\rR\atrigger\"&\n" +
+	"\fAuditUnbound\x12\x16\n" +
+	"\x06reason\x18\x01 \x01(\rR\x06reason\"\r\n" +
+	"\vAuditFenced\">\n" +
+	"\n" +
+	"AuditLease\x12\x18\n" +
+	"\aunbound\x18\x01 \x01(\x04R\aunbound\x12\x16\n" +
+	"\x06fenced\x18\x02 \x01(\x04R\x06fenced\"\x97\x01\n" +
 	"\x06Member\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x18\n" +
 	"\asession\x18\x02 \x01(\x04R\asession\x12\x1d\n" +
@@ -565,20 +920,29 @@ func file_dstm_store_v1_store_proto_rawDescGZIP() []byte {
 	return file_dstm_store_v1_store_proto_rawDescData
 }
 
-var file_dstm_store_v1_store_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_dstm_store_v1_store_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_dstm_store_v1_store_proto_goTypes = []any{
-	(*Meta)(nil),    // 0: dstm.store.v1.Meta
-	(*Address)(nil), // 1: dstm.store.v1.Address
-	(*Audit)(nil),   // 2: dstm.store.v1.Audit
-	(*Member)(nil),  // 3: dstm.store.v1.Member
-	(*Pool)(nil),    // 4: dstm.store.v1.Pool
+	(*Meta)(nil),         // 0: dstm.store.v1.Meta
+	(*Address)(nil),      // 1: dstm.store.v1.Address
+	(*AuditHead)(nil),    // 2: dstm.store.v1.AuditHead
+	(*AuditRecord)(nil),  // 3: dstm.store.v1.AuditRecord
+	(*AuditBound)(nil),   // 4: dstm.store.v1.AuditBound
+	(*AuditUnbound)(nil), // 5: dstm.store.v1.AuditUnbound
+	(*AuditFenced)(nil),  // 6: dstm.store.v1.AuditFenced
+	(*AuditLease)(nil),   // 7: dstm.store.v1.AuditLease
+	(*Member)(nil),       // 8: dstm.store.v1.Member
+	(*Pool)(nil),         // 9: dstm.store.v1.Pool
 }
 var file_dstm_store_v1_store_proto_depIdxs = []int32{
-	0, // [0:0] is the sub-list for method output_type
-	0, // [0:0] is the sub-list for method input_type
-	0, // [0:0] is the sub-list for extension type_name
-	0, // [0:0] is the sub-list for extension extendee
-	0, // [0:0] is the sub-list for field type_name
+	2, // 0: dstm.store.v1.Meta.audit:type_name -> dstm.store.v1.AuditHead
+	4, // 1: dstm.store.v1.AuditRecord.bound:type_name -> dstm.store.v1.AuditBound
+	5, // 2: dstm.store.v1.AuditRecord.unbound:type_name -> dstm.store.v1.AuditUnbound
+	6, // 3: dstm.store.v1.AuditRecord.fenced:type_name -> dstm.store.v1.AuditFenced
+	4, // [4:4] is the sub-list for method output_type
+	4, // [4:4] is the sub-list for method input_type
+	4, // [4:4] is the sub-list for extension type_name
+	4, // [4:4] is the sub-list for extension extendee
+	0, // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_dstm_store_v1_store_proto_init() }
@@ -586,13 +950,18 @@ func file_dstm_store_v1_store_proto_init() {
 	if File_dstm_store_v1_store_proto != nil {
 		return
 	}
+	file_dstm_store_v1_store_proto_msgTypes[3].OneofWrappers = []any{
+		(*AuditRecord_Bound)(nil),
+		(*AuditRecord_Unbound)(nil),
+		(*AuditRecord_Fenced)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dstm_store_v1_store_proto_rawDesc), len(file_dstm_store_v1_store_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -25,18 +24,19 @@ import (
 )
 
 // layout is the version of the buckets below; a file of another one is refused.
-const layout = 2
+const layout = 3
 
-// Buckets: meta holds one record; addresses and audit are keyed by resource (and generation), members by id, pools by
-// name.
+// Buckets: meta holds one record; addresses are keyed by resource, members by id, pools by name; see package audit for the
+// log and its index.
 var (
 	bucketMeta    = []byte("meta")
 	bucketAddress = []byte("address")
 	bucketAudit   = []byte("audit")
+	bucketIndex   = []byte("audit index")
 	bucketMember  = []byte("member")
 	bucketPool    = []byte("pool")
 	keyMeta       = []byte("meta")
-	allBuckets    = [][]byte{bucketMeta, bucketAddress, bucketAudit, bucketMember, bucketPool}
+	allBuckets    = [][]byte{bucketMeta, bucketAddress, bucketAudit, bucketIndex, bucketMember, bucketPool}
 )
 
 // Options of a store. Zero values take the defaults.
@@ -67,11 +67,15 @@ type Store struct {
 	done   chan struct{}
 }
 
+// item is a transaction or, if prune is not nil, a step of pruning.
 type item struct {
 	tx       store.Tx
 	last     lease.Rev
+	prune    *pruning
 	complete func(error)
 }
+
+func (it item) barrier() bool { return it.prune == nil && it.tx.Barrier() }
 
 var _ store.Store = (*Store)(nil)
 
@@ -197,26 +201,34 @@ func (s *Store) Addresses(ctx context.Context, yield func(lease.Address) error) 
 
 // Commit implements store.Store.
 func (s *Store) Commit(tx store.Tx) *store.Pending {
+	p, complete := store.NewPending()
+	if err := s.enqueue(item{tx: tx, complete: complete}); err != nil {
+		return store.Done(err)
+	}
+	return p
+}
+
+// enqueue hands an item to the writer.
+func (s *Store) enqueue(it item) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
 	case s.closed:
-		return store.Done(store.ErrClosed)
+		return store.ErrClosed
 	case s.failed != nil:
-		return store.Done(s.failed)
+		return s.failed
 	}
-	last, err := tx.Follow(s.queued)
+	last, err := it.tx.Follow(s.queued)
 	if err != nil {
-		return store.Done(err)
+		return err
 	}
-	p, complete := store.NewPending()
-	s.queued = last
-	s.queue = append(s.queue, item{tx, last, complete})
+	s.queued, it.last = last, last
+	s.queue = append(s.queue, it)
 	select {
 	case s.wake <- struct{}{}:
 	default:
 	}
-	return p
+	return nil
 }
 
 // write is the one writer.
@@ -263,7 +275,7 @@ func (s *Store) flush(group []item) {
 
 // update writes a group. One of barriers alone has nothing to write: this process holds the file's lock, so it is the owner.
 func (s *Store) update(group []item) error {
-	if !slices.ContainsFunc(group, func(it item) bool { return !it.tx.Barrier() }) {
+	if !slices.ContainsFunc(group, func(it item) bool { return !it.barrier() }) {
 		return nil
 	}
 	return s.db.Update(func(tx *bbolt.Tx) error { return apply(tx, group) })
@@ -283,35 +295,6 @@ func (s *Store) fail(err error) {
 
 // Watch implements store.Store.
 func (s *Store) Watch(after lease.Rev) store.Watcher { return s.ring.Watch(after) }
-
-// History implements store.Store.
-func (s *Store) History(ctx context.Context, addr netip.Addr, yield func(lease.Audit) bool) error {
-	if !addr.Is4() {
-		return fmt.Errorf("store: address %s is not IPv4", addr)
-	}
-	return s.db.View(func(tx *bbolt.Tx) error {
-		var found []lease.Audit // by resource and generation; history is by generation
-		prefix := addr.AsSlice()
-		c := tx.Bucket(bucketAudit).Cursor()
-		for k, v := c.Seek(prefix); k != nil && string(k[:4]) == string(prefix); k, v = c.Next() {
-			a, err := record.DecodeAudit(k, v)
-			if err != nil {
-				return err
-			}
-			found = append(found, a)
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-		}
-		record.SortNewestFirst(found)
-		for _, a := range found {
-			if !yield(a) {
-				return nil
-			}
-		}
-		return nil
-	})
-}
 
 // Snapshot implements store.Store. What it writes is a store file.
 func (s *Store) Snapshot(_ context.Context, w io.Writer) error {

@@ -2,7 +2,6 @@ package boltstore
 
 import (
 	"bytes"
-	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -28,6 +27,29 @@ func TestStore(t *testing.T) {
 	})
 }
 
+func TestCrash(t *testing.T) {
+	storetest.RunCrash(t, func(t *testing.T) (storetest.Opener, func(*testing.T) storetest.Opener) {
+		path := filepath.Join(t.TempDir(), "lease.db")
+		if err := Create(path); err != nil {
+			t.Fatal(err)
+		}
+		at := func(path string) storetest.Opener {
+			return func(t *testing.T, ring int) store.Store { return open(t, Options{Path: path, RingSize: ring}) }
+		}
+		return at(path), func(t *testing.T) storetest.Opener {
+			b, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			crashed := filepath.Join(t.TempDir(), "crashed.db")
+			if err := os.WriteFile(crashed, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			return at(crashed)
+		}
+	})
+}
+
 func open(t *testing.T, o Options) *Store {
 	t.Helper()
 	s, err := Open(o)
@@ -42,39 +64,6 @@ func put(t *testing.T, s *Store, rev lease.Rev) {
 	a := lease.Address{Resource: lease.Whole(netip.AddrFrom4([4]byte{198, 51, byte(rev >> 8), byte(rev)})), State: lease.Bound, Gen: lease.MakeGen(1, rev), Rev: rev, Host: "h"}
 	if err := s.Commit(store.Tx{Commits: []lease.Commit{{Rev: rev, Address: a, Audit: a.Audit()}}}).Wait(t.Context()); err != nil {
 		t.Fatal(err)
-	}
-}
-
-// TestCrashPoints copies the file after each acknowledgement, as a power cut would leave it, and finds there exactly
-// what had been acknowledged.
-func TestCrashPoints(t *testing.T) {
-	dir := t.TempDir()
-	path := filepath.Join(dir, "lease.db")
-	if err := Create(path); err != nil {
-		t.Fatal(err)
-	}
-	s := open(t, Options{Path: path})
-	defer s.Close()
-	for rev := lease.Rev(1); rev <= 20; rev++ {
-		put(t, s, rev)
-		b, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		crashed := filepath.Join(dir, "crashed.db")
-		if err := os.WriteFile(crashed, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		c := open(t, Options{Path: crashed})
-		st, err := c.Load(t.Context())
-		n := 0
-		err = errors.Join(err, c.Addresses(t.Context(), func(lease.Address) error { n++; return nil }))
-		if err != nil || st.Last != rev || n != int(rev) {
-			t.Errorf("after revision %d: %v, revision %d, %d addresses", rev, err, st.Last, n)
-		}
-		if err := c.Close(); err != nil {
-			t.Fatal(err)
-		}
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 
 	storev1 "github.com/dstm-project/dstm/api/store/v1"
 	"github.com/dstm-project/dstm/lease"
+	"github.com/dstm-project/dstm/leasesvc/store/audit"
 	"github.com/dstm-project/dstm/leasesvc/store/record"
 )
 
@@ -72,7 +73,9 @@ func decodes(bucket []byte) func(k, v []byte) error {
 	case string(bucketAddress):
 		return func(k, v []byte) error { _, err := record.DecodeAddress(k, v); return err }
 	case string(bucketAudit):
-		return func(k, v []byte) error { _, err := record.DecodeAudit(k, v); return err }
+		return func(k, v []byte) error { _, err := audit.Decode(k, v); return err }
+	case string(bucketIndex):
+		return func(k, v []byte) error { _, err := audit.DecodeLease(k, v); return err }
 	case string(bucketMember):
 		return func(k, v []byte) error { _, err := record.DecodeMember(k, v); return err }
 	case string(bucketPool):

@@ -3,12 +3,11 @@
 package record
 
 import (
-	"cmp"
 	"crypto/rand"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -23,13 +22,16 @@ func NewMeta(layout uint32) *storev1.Meta {
 	id, secret := make([]byte, len(lease.ClusterID{})), make([]byte, len(store.State{}.Secret))
 	_, _ = rand.Read(id) // never fails, see crypto/rand
 	_, _ = rand.Read(secret)
-	return &storev1.Meta{ClusterId: id, Secret: secret, Epoch: 1, Layout: layout}
+	return &storev1.Meta{ClusterId: id, Secret: secret, Epoch: 1, Layout: layout, Audit: &storev1.AuditHead{}}
 }
 
 // CheckMeta refuses the record of another layout and a damaged one.
 func CheckMeta(m *storev1.Meta, layout uint32) error {
 	if m.Layout != layout {
 		return fmt.Errorf("layout %d: this version reads layout %d", m.Layout, layout)
+	}
+	if m.Audit == nil {
+		return errors.New("no head of the audit log")
 	}
 	if len(m.ClusterId) != len(lease.ClusterID{}) {
 		return fmt.Errorf("cluster id of %d bytes", len(m.ClusterId))
@@ -70,14 +72,16 @@ func duration(ms uint64) time.Duration {
 	return time.Duration(min(ms, uint64(year/time.Millisecond))) * time.Millisecond
 }
 
-func addrBytes(a netip.Addr) []byte {
+// AddrBytes returns 4 or 16 bytes in network order, none for no address.
+func AddrBytes(a netip.Addr) []byte {
 	if !a.IsValid() {
 		return nil
 	}
 	return a.AsSlice()
 }
 
-func fromBytes(b []byte) (netip.Addr, error) {
+// Addr is the inverse of AddrBytes.
+func Addr(b []byte) (netip.Addr, error) {
 	if len(b) == 0 {
 		return netip.Addr{}, nil
 	}
@@ -95,7 +99,8 @@ func ResourceKey(r lease.Resource) []byte {
 	return binary.BigEndian.AppendUint16(k, r.PSID)
 }
 
-func decodeResource(k []byte) (lease.Resource, error) {
+// DecodeResource reads the resource that a key begins with.
+func DecodeResource(k []byte) (lease.Resource, error) {
 	if len(k) < 7 {
 		return lease.Resource{}, fmt.Errorf("key of %d bytes: want 7 or more", len(k))
 	}
@@ -107,7 +112,7 @@ func decodeResource(k []byte) (lease.Resource, error) {
 func EncodeAddress(a lease.Address) *storev1.Address {
 	return &storev1.Address{
 		State: uint32(a.State), Gen: uint64(a.Gen), Rev: uint64(a.Rev), RevokeRev: uint64(a.RevokeRev),
-		Host: a.Host, Source: addrBytes(a.Source), Tep: addrBytes(a.TEP), Mtu: uint32(a.MTU), Trigger: uint32(a.Trigger),
+		Host: a.Host, Source: AddrBytes(a.Source), Tep: AddrBytes(a.TEP), Mtu: uint32(a.MTU), Trigger: uint32(a.Trigger),
 		BoundAt: Nanos(a.BoundAt), UnboundAt: Nanos(a.UnboundAt), FencedAt: Nanos(a.FencedAt), ValidMs: uint64(a.Valid.Milliseconds()),
 		End: uint32(a.End),
 	}
@@ -115,7 +120,7 @@ func EncodeAddress(a lease.Address) *storev1.Address {
 
 // DecodeAddress reads a key and its value.
 func DecodeAddress(k, v []byte) (lease.Address, error) {
-	res, err := decodeResource(k)
+	res, err := DecodeResource(k)
 	if err != nil {
 		return lease.Address{}, err
 	}
@@ -123,11 +128,11 @@ func DecodeAddress(k, v []byte) (lease.Address, error) {
 	if err := proto.Unmarshal(v, &m); err != nil {
 		return lease.Address{}, fmt.Errorf("address %s: %w", res, err)
 	}
-	source, err := fromBytes(m.Source)
+	source, err := Addr(m.Source)
 	if err != nil {
 		return lease.Address{}, fmt.Errorf("address %s: source: %w", res, err)
 	}
-	tep, err := fromBytes(m.Tep)
+	tep, err := Addr(m.Tep)
 	if err != nil {
 		return lease.Address{}, fmt.Errorf("address %s: tep: %w", res, err)
 	}
@@ -137,49 +142,6 @@ func DecodeAddress(k, v []byte) (lease.Address, error) {
 		Trigger: lease.Trigger(m.Trigger), BoundAt: Time(m.BoundAt), UnboundAt: Time(m.UnboundAt),
 		FencedAt: Time(m.FencedAt), Valid: duration(m.ValidMs), End: lease.Reason(m.End),
 	}, nil
-}
-
-// AuditKey is the resource and the generation.
-func AuditKey(r lease.Ref) []byte {
-	return binary.BigEndian.AppendUint64(ResourceKey(r.Resource), uint64(r.Gen))
-}
-
-// EncodeAudit returns the value kept under AuditKey.
-func EncodeAudit(a lease.Audit) *storev1.Audit {
-	return &storev1.Audit{
-		Host: a.Host, Source: addrBytes(a.Source), Tep: addrBytes(a.TEP), Trigger: uint32(a.Trigger),
-		Bound: Nanos(a.Bound), Unbound: Nanos(a.Unbound), Fenced: Nanos(a.Fenced), End: uint32(a.End),
-	}
-}
-
-// DecodeAudit reads a key and its value.
-func DecodeAudit(k, v []byte) (lease.Audit, error) {
-	res, err := decodeResource(k)
-	if err != nil || len(k) != 15 {
-		return lease.Audit{}, fmt.Errorf("audit key of %d bytes: %w", len(k), err)
-	}
-	ref := lease.Ref{Resource: res, Gen: lease.Gen(binary.BigEndian.Uint64(k[7:]))}
-	var m storev1.Audit
-	if err := proto.Unmarshal(v, &m); err != nil {
-		return lease.Audit{}, fmt.Errorf("audit %s: %w", ref, err)
-	}
-	source, err := fromBytes(m.Source)
-	if err != nil {
-		return lease.Audit{}, fmt.Errorf("audit %s: source: %w", ref, err)
-	}
-	tep, err := fromBytes(m.Tep)
-	if err != nil {
-		return lease.Audit{}, fmt.Errorf("audit %s: tep: %w", ref, err)
-	}
-	return lease.Audit{
-		Ref: ref, Host: m.Host, Source: source, TEP: tep, Trigger: lease.Trigger(m.Trigger),
-		Bound: Time(m.Bound), Unbound: Time(m.Unbound), Fenced: Time(m.Fenced), End: lease.Reason(m.End),
-	}, nil
-}
-
-// SortNewestFirst orders the history of an address.
-func SortNewestFirst(as []lease.Audit) {
-	slices.SortFunc(as, func(a, b lease.Audit) int { return cmp.Compare(b.Gen, a.Gen) })
 }
 
 // EncodeMember returns the value kept under the id.
@@ -218,11 +180,11 @@ func DecodePool(k, v []byte) (lease.Pool, error) {
 	if err := proto.Unmarshal(v, &m); err != nil {
 		return lease.Pool{}, fmt.Errorf("pool %s: %w", k, err)
 	}
-	addr, err := fromBytes(m.Prefix)
+	addr, err := Addr(m.Prefix)
 	if err != nil {
 		return lease.Pool{}, fmt.Errorf("pool %s: prefix: %w", k, err)
 	}
-	tep, err := fromBytes(m.Tep)
+	tep, err := Addr(m.Tep)
 	if err != nil {
 		return lease.Pool{}, fmt.Errorf("pool %s: tep: %w", k, err)
 	}

@@ -32,6 +32,11 @@ func Run(t *testing.T, newStore func(t *testing.T) Opener) {
 		{"watch", testWatch},
 		{"compaction", testCompaction},
 		{"history", testHistory},
+		{"who/seed=1", testWho(1)},
+		{"who/seed=2", testWho(2)},
+		{"who/seed=3", testWho(3)},
+		{"events", testEvents},
+		{"prune", testPrune},
 		{"barrier", testBarrier},
 		{"addresses", testAddresses},
 		{"concurrency", testConcurrency},
@@ -216,31 +221,6 @@ func testCompaction(t *testing.T, open Opener) {
 	}
 	if got := next(t, s.Watch(10-ring), 10-ring, 10); len(got) != ring {
 		t.Errorf("%d records, want the newest %d", len(got), ring)
-	}
-}
-
-func testHistory(t *testing.T, open Opener) {
-	s := open(t, 0)
-	defer s.Close()
-	load(t, s)
-	older, newer, other := commit(1, 7), commit(2, 7), commit(3, 8)
-	mustCommit(t, s, store.Tx{Commits: []lease.Commit{older, newer, other}})
-	ended := older.Audit
-	ended.Unbound, ended.Fenced, ended.End = t0.Add(time.Minute), t0.Add(2*time.Minute), lease.ReasonExpired
-	again := commit(4, 9)
-	again.Audit = ended // a later record of one lease replaces the earlier
-	mustCommit(t, s, store.Tx{Commits: []lease.Commit{again}})
-	var got []lease.Audit
-	collect := func(a lease.Audit) bool { got = append(got, a); return true }
-	if err := s.History(t.Context(), older.Address.Addr, collect); err != nil {
-		t.Fatal(err)
-	}
-	if d := cmp.Diff([]lease.Audit{newer.Audit, ended}, got, same); d != "" {
-		t.Error(d)
-	}
-	got = nil
-	if err := s.History(t.Context(), older.Address.Addr, func(a lease.Audit) bool { collect(a); return false }); err != nil || len(got) != 1 {
-		t.Errorf("%d records, %v: want one and no error when yield says stop", len(got), err)
 	}
 }
 
