@@ -17,5 +17,5 @@ func CheckVoters(n int) error {
 	default:
 		why = "every commit waits for a majority"
 	}
-	return fmt.Errorf("%d voting members: want 3 or 5: %s", n, why)
+	return fmt.Errorf("the number of voting members is %d: want 3 or 5: %s", n, why)
 }

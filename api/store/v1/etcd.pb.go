@@ -26,7 +26,7 @@ const (
 // EtcdMeta is written when the store is made or restored.
 type EtcdMeta struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Meta          *Meta                  `protobuf:"bytes,1,opt,name=meta,proto3" json:"meta,omitempty"` // without last_rev, last_wall and restored, which are in the head
+	Meta          *Meta                  `protobuf:"bytes,1,opt,name=meta,proto3" json:"meta,omitempty"` // without what changes, which is in the head
 	Cell          string                 `protobuf:"bytes,2,opt,name=cell,proto3" json:"cell,omitempty"`
 	EtcdCluster   uint64                 `protobuf:"fixed64,3,opt,name=etcd_cluster,json=etcdCluster,proto3" json:"etcd_cluster,omitempty"` // cluster id of the etcd that holds it
 	unknownFields protoimpl.UnknownFields
@@ -92,6 +92,7 @@ type EtcdHead struct {
 	LastRev       uint64                 `protobuf:"varint,3,opt,name=last_rev,json=lastRev,proto3" json:"last_rev,omitempty"`
 	LastWall      int64                  `protobuf:"varint,4,opt,name=last_wall,json=lastWall,proto3" json:"last_wall,omitempty"` // Unix nanoseconds
 	Restored      bool                   `protobuf:"varint,5,opt,name=restored,proto3" json:"restored,omitempty"`                 // see State.Restored
+	Audit         *AuditHead             `protobuf:"bytes,6,opt,name=audit,proto3" json:"audit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -161,6 +162,13 @@ func (x *EtcdHead) GetRestored() bool {
 	return false
 }
 
+func (x *EtcdHead) GetAudit() *AuditHead {
+	if x != nil {
+		return x.Audit
+	}
+	return nil
+}
+
 var File_dstm_store_v1_etcd_proto protoreflect.FileDescriptor
 
 const file_dstm_store_v1_etcd_proto_rawDesc = "" +
@@ -169,13 +177,14 @@ const file_dstm_store_v1_etcd_proto_rawDesc = "" +
 	"\bEtcdMeta\x12'\n" +
 	"\x04meta\x18\x01 \x01(\v2\x13.dstm.store.v1.MetaR\x04meta\x12\x12\n" +
 	"\x04cell\x18\x02 \x01(\tR\x04cell\x12!\n" +
-	"\fetcd_cluster\x18\x03 \x01(\x06R\vetcdCluster\"\x86\x01\n" +
+	"\fetcd_cluster\x18\x03 \x01(\x06R\vetcdCluster\"\xb6\x01\n" +
 	"\bEtcdHead\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x14\n" +
 	"\x05owner\x18\x02 \x01(\x03R\x05owner\x12\x19\n" +
 	"\blast_rev\x18\x03 \x01(\x04R\alastRev\x12\x1b\n" +
 	"\tlast_wall\x18\x04 \x01(\x03R\blastWall\x12\x1a\n" +
-	"\brestored\x18\x05 \x01(\bR\brestoredB3Z1github.com/dstm-project/dstm/api/store/v1;storev1b\x06proto3"
+	"\brestored\x18\x05 \x01(\bR\brestored\x12.\n" +
+	"\x05audit\x18\x06 \x01(\v2\x18.dstm.store.v1.AuditHeadR\x05auditB3Z1github.com/dstm-project/dstm/api/store/v1;storev1b\x06proto3"
 
 var (
 	file_dstm_store_v1_etcd_proto_rawDescOnce sync.Once
@@ -191,17 +200,19 @@ func file_dstm_store_v1_etcd_proto_rawDescGZIP() []byte {
 
 var file_dstm_store_v1_etcd_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
 var file_dstm_store_v1_etcd_proto_goTypes = []any{
-	(*EtcdMeta)(nil), // 0: dstm.store.v1.EtcdMeta
-	(*EtcdHead)(nil), // 1: dstm.store.v1.EtcdHead
-	(*Meta)(nil),     // 2: dstm.store.v1.Meta
+	(*EtcdMeta)(nil),  // 0: dstm.store.v1.EtcdMeta
+	(*EtcdHead)(nil),  // 1: dstm.store.v1.EtcdHead
+	(*Meta)(nil),      // 2: dstm.store.v1.Meta
+	(*AuditHead)(nil), // 3: dstm.store.v1.AuditHead
 }
 var file_dstm_store_v1_etcd_proto_depIdxs = []int32{
 	2, // 0: dstm.store.v1.EtcdMeta.meta:type_name -> dstm.store.v1.Meta
-	1, // [1:1] is the sub-list for method output_type
-	1, // [1:1] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	3, // 1: dstm.store.v1.EtcdHead.audit:type_name -> dstm.store.v1.AuditHead
+	2, // [2:2] is the sub-list for method output_type
+	2, // [2:2] is the sub-list for method input_type
+	2, // [2:2] is the sub-list for extension type_name
+	2, // [2:2] is the sub-list for extension extendee
+	0, // [0:2] is the sub-list for field type_name
 }
 
 func init() { file_dstm_store_v1_etcd_proto_init() }

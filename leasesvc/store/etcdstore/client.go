@@ -53,7 +53,7 @@ func dial(o Options) (*client, error) {
 		m, err := clientv3.New(clientv3.Config{
 			Endpoints: []string{e}, TLS: t, DialTimeout: o.TTL, MaxUnaryRetries: 1,
 			DialKeepAliveTime: pingEvery, DialKeepAliveTimeout: pingTimeout,
-			Logger: zap.NewNop(), DialOptions: o.dial,
+			Logger: zap.NewNop(), DialOptions: append(dialOptions{grpc.WithChainUnaryInterceptor(failFast)}, o.dial...),
 		})
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("etcd: endpoint %s: %w", e, err), c.Close())
@@ -61,6 +61,12 @@ func dial(o Options) (*client, error) {
 		c.members = append(c.members, m)
 	}
 	return c, nil
+}
+
+// failFast lets calls to a member that cannot be reached end at once with the reason. The client's default is to wait for
+// the connection until the deadline, after which nobody knows why there is none.
+func failFast(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	return invoke(ctx, method, req, reply, cc, append(opts, grpc.WaitForReady(false))...)
 }
 
 // Close closes the connections.
@@ -154,7 +160,7 @@ func (c *client) voters(ctx context.Context) error {
 		}
 	}
 	if err := store.CheckVoters(n); err != nil {
-		return final{fmt.Errorf("etcd with the members %s has %w", strings.Join(names, ", "), err)}
+		return final{fmt.Errorf("etcd of %s: %w", strings.Join(names, ", "), err)}
 	}
 	return nil
 }
@@ -176,7 +182,7 @@ func (c *client) renew(ctx context.Context, id clientv3.LeaseID) error {
 	ctx, cancel := context.WithCancel(ctx) // ends the stream
 	defer cancel()
 	return c.use(func(m *clientv3.Client) error {
-		stream, err := pb.NewLeaseClient(m.ActiveConnection()).LeaseKeepAlive(ctx, grpc.WaitForReady(true))
+		stream, err := pb.NewLeaseClient(m.ActiveConnection()).LeaseKeepAlive(ctx)
 		if err != nil {
 			return err
 		}
@@ -222,9 +228,9 @@ func isFinal(err error) bool {
 		return false
 	}
 	switch e.Code() {
-	case codes.InvalidArgument:
-		return !errors.Is(err, rpctypes.ErrAuthOldRevision)
-	case codes.PermissionDenied, codes.Unauthenticated, codes.DataLoss, codes.OutOfRange,
+	case codes.InvalidArgument, codes.OutOfRange:
+		return !errors.Is(err, rpctypes.ErrAuthOldRevision) && !errors.Is(err, rpctypes.ErrFutureRev)
+	case codes.PermissionDenied, codes.Unauthenticated, codes.DataLoss,
 		codes.NotFound:
 		return true
 	}

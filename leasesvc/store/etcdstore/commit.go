@@ -11,6 +11,7 @@ import (
 	storev1 "github.com/dstm-project/dstm/api/store/v1"
 	"github.com/dstm-project/dstm/lease"
 	"github.com/dstm-project/dstm/leasesvc/store"
+	"github.com/dstm-project/dstm/leasesvc/store/audit"
 	"github.com/dstm-project/dstm/leasesvc/store/record"
 )
 
@@ -37,39 +38,52 @@ func decodeHead(b []byte) (head, error) {
 	if err := proto.Unmarshal(b, m); err != nil {
 		return head{}, fmt.Errorf("head record: %w", err)
 	}
+	if m.Audit == nil {
+		return head{}, errors.New("head record: no head of the audit log")
+	}
 	return head{m, string(b)}, nil
 }
 
-// item is a queued transaction. The first at of its records are on their way or written.
+// item is a queued transaction or, if prune is not nil, a step of pruning. The first at of its parts are on their way or
+// written.
 type item struct {
 	tx       store.Tx
 	last     lease.Rev
+	prune    *pruning
 	complete func(error)
 	at       int
 }
 
 // Commit implements store.Store.
 func (s *Store) Commit(tx store.Tx) *store.Pending {
+	p, complete := store.NewPending()
+	if err := s.enqueue(item{tx: tx, complete: complete}); err != nil {
+		return store.Done(err)
+	}
+	return p
+}
+
+// enqueue hands an item to the writer.
+func (s *Store) enqueue(it item) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
 	case s.closed:
-		return store.Done(store.ErrClosed)
+		return store.ErrClosed
 	case s.failed != nil:
-		return store.Done(s.failed)
+		return s.failed
 	}
-	last, err := tx.Follow(s.queued)
+	last, err := it.tx.Follow(s.queued)
 	if err != nil {
-		return store.Done(err)
+		return err
 	}
-	p, complete := store.NewPending()
-	s.queued = last
-	s.queue = append(s.queue, item{tx: tx, last: last, complete: complete})
+	s.queued, it.last = last, last
+	s.queue = append(s.queue, it)
 	select {
 	case s.wake <- struct{}{}:
 	default:
 	}
-	return p
+	return nil
 }
 
 // write is the one writer: it puts everything that waits into one etcd transaction, as far as it fits.
@@ -114,7 +128,7 @@ func (s *Store) take(todo []item) []item {
 	}
 }
 
-// chunk is what one etcd transaction writes: the records of some items and perhaps the first ones of another.
+// chunk is what one etcd transaction writes: the parts of some items and perhaps the first ones of another.
 type chunk struct {
 	ops   []clientv3.Op
 	index map[string]int // of the keys in ops: etcd takes each key once
@@ -123,29 +137,25 @@ type chunk struct {
 	items int  // that end with it
 }
 
-// put adds the operations of one record together, or none of them.
-func (c *chunk) put(ops []clientv3.Op) bool {
-	more := 0
-	for _, op := range ops {
-		if _, ok := c.index[string(op.KeyBytes())]; !ok {
-			more++
-		}
+func (c *chunk) add(op clientv3.Op) {
+	k := string(op.KeyBytes())
+	i, ok := c.index[k]
+	if !ok {
+		i = len(c.ops)
+		c.index[k] = i
+		c.ops = append(c.ops, op)
 	}
-	if len(c.ops)+more > maxPuts {
-		return false
-	}
-	for _, op := range ops {
-		k := string(op.KeyBytes())
-		i, ok := c.index[k]
-		if !ok {
-			i = len(c.ops)
-			c.index[k] = i
-			c.ops = append(c.ops, op)
-		}
-		c.ops[i] = op
-	}
+	c.ops[i] = op
 	c.write = true
-	return true
+}
+
+func (c *chunk) put(key string, m proto.Message) error {
+	v, err := proto.Marshal(m)
+	if err != nil {
+		return fmt.Errorf("record %q: %w", key, err)
+	}
+	c.add(clientv3.OpPut(key, string(v)))
+	return nil
 }
 
 // fill makes the next chunk of items, at least of a part of the first.
@@ -155,15 +165,13 @@ func (s *Store) fill(items []item) (*chunk, error) {
 	c.head.Owner = s.tenure.rev
 	for i := range items {
 		it := &items[i]
-		for ; it.at < parts(it.tx); it.at++ {
-			ops, rev, err := s.c.keys.part(it.tx, it.at)
-			if err != nil {
-				return nil, fmt.Errorf("%w: %w", store.ErrFailed, err)
-			}
-			if !c.put(ops) {
+		for ; it.at < it.parts(); it.at++ {
+			if len(c.ops)+it.cost() > maxPuts {
 				return c, nil
 			}
-			c.head.LastRev = max(c.head.LastRev, uint64(rev))
+			if err := c.part(s.c.keys, it); err != nil {
+				return nil, fmt.Errorf("%w: %w", store.ErrFailed, err)
+			}
 		}
 		c.head.LastWall = max(c.head.LastWall, record.Nanos(it.tx.Wall))
 		if it.tx.Recovered {
@@ -174,48 +182,68 @@ func (s *Store) fill(items []item) (*chunk, error) {
 	return c, nil
 }
 
-func parts(tx store.Tx) int {
-	return len(tx.Commits) + len(tx.Pools) + len(tx.Members) + len(tx.Removed)
+// parts returns how many parts an item can be cut into.
+func (it *item) parts() int {
+	if it.prune != nil {
+		return 1
+	}
+	return len(it.tx.Commits) + len(it.tx.Pools) + len(it.tx.Members) + len(it.tx.Removed)
 }
 
-// part returns the i-th record of a transaction, in the order in which they may be cut: commits and pools in order of
-// revision, members, members removed. rev is 0 for those without a revision.
-func (k keys) part(tx store.Tx, i int) (ops []clientv3.Op, rev lease.Rev, err error) {
-	if i < len(tx.Commits) {
-		c := tx.Commits[i]
-		ops, err = k.commit(c)
-		return ops, c.Rev, err
+// cost returns how many keys the next part writes at most.
+func (it *item) cost() int {
+	switch {
+	case it.prune != nil:
+		return len(it.prune.ops)
+	case it.at < len(it.tx.Commits):
+		return 3
 	}
-	if i -= len(tx.Commits); i < len(tx.Pools) {
-		p := tx.Pools[i]
-		if p.Pool.Removed {
-			return []clientv3.Op{clientv3.OpDelete(k.pool(p.Pool.Name))}, p.Rev, nil
+	return 1
+}
+
+// part adds the next part of an item, in the order in which a transaction may be cut: commits and pools in order of
+// revision, members, members removed.
+func (c *chunk) part(k keys, it *item) error {
+	if it.prune != nil {
+		c.write = true
+		for _, op := range it.prune.apply(c.head.Audit) {
+			c.add(op)
 		}
-		ops, err = puts(nil, k.pool(p.Pool.Name), record.EncodePool(p.Pool.Pool))
-		return ops, p.Rev, err
+		return nil
 	}
-	if i -= len(tx.Pools); i < len(tx.Members) {
-		m := tx.Members[i]
-		ops, err = puts(nil, k.member(m.TEP), record.EncodeMember(m))
-		return ops, 0, err
+	i := it.at
+	if i < len(it.tx.Commits) {
+		return c.commit(k, it.tx.Commits[i])
 	}
-	return []clientv3.Op{clientv3.OpDelete(k.member(tx.Removed[i-len(tx.Members)]))}, 0, nil
+	if i -= len(it.tx.Commits); i < len(it.tx.Pools) {
+		p := it.tx.Pools[i]
+		c.head.LastRev = uint64(p.Rev)
+		if p.Pool.Removed {
+			c.add(clientv3.OpDelete(k.pool(p.Pool.Name)))
+			return nil
+		}
+		return c.put(k.pool(p.Pool.Name), record.EncodePool(p.Pool.Pool))
+	}
+	if i -= len(it.tx.Pools); i < len(it.tx.Members) {
+		m := it.tx.Members[i]
+		return c.put(k.member(m.TEP), record.EncodeMember(m))
+	}
+	c.add(clientv3.OpDelete(k.member(it.tx.Removed[i-len(it.tx.Members)])))
+	return nil
 }
 
-func (k keys) commit(c lease.Commit) ([]clientv3.Op, error) {
-	ops, err := puts(nil, k.address(c.Address.Resource), record.EncodeAddress(c.Address))
-	if err != nil || c.Audit.Ref == (lease.Ref{}) {
-		return ops, err
+func (c *chunk) commit(k keys, m lease.Commit) error {
+	c.head.LastRev = uint64(m.Rev)
+	if err := c.put(k.address(m.Address.Resource), record.EncodeAddress(m.Address)); err != nil {
+		return err
 	}
-	return puts(ops, k.auditOf(c.Audit.Ref), record.EncodeAudit(c.Audit))
-}
-
-func puts(ops []clientv3.Op, key string, m proto.Message) ([]clientv3.Op, error) {
-	v, err := proto.Marshal(m)
-	if err != nil {
-		return nil, fmt.Errorf("record %q: %w", key, err)
+	e, err := audit.Append(c.head.Audit, m)
+	if err != nil || e.Key == nil {
+		return err
 	}
-	return append(ops, clientv3.OpPut(key, string(v))), nil
+	c.add(clientv3.OpPut(k.audit+string(e.Key), string(e.Value)))
+	c.add(clientv3.OpPut(k.index+string(e.IndexKey), string(e.IndexValue)))
+	return nil
 }
 
 // commit writes a chunk as the owner, on the head that it knows. A chunk without records only looks.

@@ -87,10 +87,17 @@ func Restore(ctx context.Context, o Options, from io.Reader) error {
 		return err
 	}
 	defer c.Close()
-	if err := c.retry(ctx, o.TTL, c.voters); err != nil {
+	var t tenure
+	err = c.retry(ctx, o.TTL, func(ctx context.Context) (err error) {
+		if err := c.voters(ctx); err != nil {
+			return err
+		}
+		var holder string
+		if t, holder, err = c.take(ctx, o); err == nil && holder != "" {
+			err = final{fmt.Errorf("store %s in etcd is owned by %s: it is not replaced", c.keys.prefix, holder)}
+		}
 		return err
-	}
-	t, err := c.campaign(ctx, o)
+	})
 	if err != nil {
 		return err
 	}
@@ -114,7 +121,7 @@ func (c *client) restore(ctx context.Context, o Options, t tenure, from io.Reade
 		clientv3.Compare(clientv3.CreateRevision(k.owner), "=", t.rev),
 		clientv3.Compare(clientv3.CreateRevision(k.meta), "=", 0),
 	}}
-	for _, dir := range []string{k.addresses, k.audit, k.members, k.pools} {
+	for _, dir := range []string{k.addresses, k.audit, k.index, k.members, k.pools} {
 		w.ops = append(w.ops, clientv3.OpDelete(dir, clientv3.WithPrefix()))
 	}
 	if err := w.flush(ctx); err != nil {

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"sync"
 	"time"
 
@@ -121,7 +120,7 @@ func (c *client) create(ctx context.Context, m *storev1.EtcdMeta) error {
 	if err != nil {
 		return final{err}
 	}
-	first, err := newHead(&storev1.EtcdHead{})
+	first, err := newHead(&storev1.EtcdHead{Audit: &storev1.AuditHead{}})
 	if err != nil {
 		return final{err}
 	}
@@ -350,30 +349,6 @@ func (s *Store) Addresses(ctx context.Context, yield func(lease.Address) error) 
 
 // Watch implements store.Store.
 func (s *Store) Watch(after lease.Rev) store.Watcher { return s.ring.Watch(after) }
-
-// History implements store.Store.
-func (s *Store) History(ctx context.Context, addr netip.Addr, yield func(lease.Audit) bool) error {
-	if !addr.Is4() {
-		return fmt.Errorf("store: address %s is not IPv4", addr)
-	}
-	var found []lease.Audit // by resource and generation; history is by generation
-	dir := s.c.keys.audit
-	err := s.pages(ctx, dir+string(addr.AsSlice()), func(k, v []byte) error {
-		a, err := record.DecodeAudit(append(addr.AsSlice(), k...), v)
-		found = append(found, a)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	record.SortNewestFirst(found)
-	for _, a := range found {
-		if !yield(a) {
-			return nil
-		}
-	}
-	return nil
-}
 
 // Close implements store.Store: it also lets the next service own the cell.
 func (s *Store) Close() error {

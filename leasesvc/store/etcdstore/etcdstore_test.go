@@ -4,9 +4,12 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/goleak"
 
 	"github.com/dstm-project/dstm/leasesvc/store"
@@ -72,11 +75,49 @@ func open(t testing.TB, o Options) *Store {
 }
 
 func TestStore(t *testing.T) {
+	t.Parallel()
 	storetest.Run(t, func(t *testing.T) storetest.Opener {
 		o := created(t, shared)
 		return func(t *testing.T, ring int) store.Store {
+			o := o
 			o.RingSize = ring
 			return open(t, o)
 		}
 	})
+}
+
+// TestCrash looks at every acknowledgement for what etcd has: that is what is left when the service dies there.
+func TestCrash(t *testing.T) {
+	t.Parallel()
+	storetest.RunCrash(t, func(t *testing.T) (storetest.Opener, func(t *testing.T) storetest.Opener) {
+		o, n := created(t, shared), 0
+		open := func(o Options) storetest.Opener { return func(t *testing.T, _ int) store.Store { return open(t, o) } }
+		return open(o), func(t *testing.T) storetest.Opener {
+			image := o
+			n++
+			image.Prefix = fmt.Sprintf("%s.%d", o.Prefix, n)
+			clone(t, newKeys(o.Prefix), newKeys(image.Prefix))
+			return open(image)
+		}
+	})
+}
+
+// clone copies all keys of a cell but the owner's, as they are at one revision of etcd.
+func clone(t *testing.T, from, to keys) {
+	t.Helper()
+	r, err := shared.Client.Get(t.Context(), from.prefix, clientv3.WithPrefix())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for kvs := range slices.Chunk(r.Kvs, maxPuts) {
+		var ops []clientv3.Op
+		for _, kv := range kvs {
+			if key := string(kv.Key); key != from.owner {
+				ops = append(ops, clientv3.OpPut(to.prefix+strings.TrimPrefix(key, from.prefix), string(kv.Value)))
+			}
+		}
+		if _, err := shared.Client.Txn(t.Context()).Then(ops...).Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
 }

@@ -93,6 +93,7 @@ func lost(t *testing.T, s *Store) {
 
 // TestOwnershipEnds takes the cell away from an owner under load, in each way that there is; another goes on.
 func TestOwnershipEnds(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name string
 		take func(t *testing.T, s *Store, p *etcdtest.Path)
@@ -146,6 +147,7 @@ func TestIdleOwnerNotices(t *testing.T) {
 
 // TestLeaderLoss kills the member that leads, several times, and pauses one, under load.
 func TestLeaderLoss(t *testing.T) {
+	t.Parallel()
 	c, err := etcdtest.Start(etcdtest.Options{Dir: t.TempDir(), Members: 3})
 	if err != nil {
 		t.Fatal(err)
@@ -183,6 +185,7 @@ func TestLeaderLoss(t *testing.T) {
 
 // TestRace lets two services fight for a cell whose owner loses its etcd lease again and again.
 func TestRace(t *testing.T) {
+	t.Parallel()
 	const length = 20 * time.Second
 	rnd := seeded(t)
 	b, o := newBook(), created(t, shared)

@@ -115,10 +115,10 @@ func (b *book) check(ctx context.Context, s *Store) error {
 	return nil
 }
 
-// audit reads all that ever happened below a prefix from etcd's own history and returns the first breach of a rule: one
+// breach reads all that ever happened below a prefix from etcd's own history and returns the first breach of a rule: one
 // chain of heads, each written while the owner that it names owned the cell, each with all revisions since the one
 // before, and no record past it.
-func audit(ctx context.Context, c *clientv3.Client, k keys) error {
+func breach(ctx context.Context, c *clientv3.Client, k keys) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	r, err := c.Get(ctx, k.meta)
@@ -214,7 +214,7 @@ func (b *book) settled(t *testing.T, c *etcdtest.Cluster, o Options) {
 	if err := b.check(t.Context(), s); err != nil {
 		t.Error(err)
 	}
-	if err := audit(t.Context(), c.Client, newKeys(o.Prefix)); err != nil {
+	if err := breach(t.Context(), c.Client, newKeys(o.Prefix)); err != nil {
 		t.Error(err)
 	}
 	if b.size() == 0 {

@@ -11,21 +11,20 @@ import (
 
 // keys are the keys of one cell, below its prefix.
 type keys struct {
-	prefix                           string
-	meta, head, owner                string
-	addresses, audit, members, pools string
+	prefix                                  string
+	meta, head, owner                       string
+	addresses, audit, index, members, pools string
 }
 
 func newKeys(prefix string) keys {
 	p := strings.TrimSuffix(prefix, "/") + "/"
 	return keys{
 		prefix: p, meta: p + "meta", head: p + "head", owner: p + "owner",
-		addresses: p + "address/", audit: p + "audit/", members: p + "member/", pools: p + "pool/",
+		addresses: p + "address/", audit: p + "audit/", index: p + "audit-index/", members: p + "member/", pools: p + "pool/",
 	}
 }
 
 func (k keys) address(r lease.Resource) string { return k.addresses + string(record.ResourceKey(r)) }
-func (k keys) auditOf(r lease.Ref) string      { return k.audit + string(record.AuditKey(r)) }
 func (k keys) member(id string) string         { return k.members + id }
 func (k keys) pool(name string) string         { return k.pools + name }
 

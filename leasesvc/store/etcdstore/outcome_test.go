@@ -103,6 +103,7 @@ var faults = map[string]func(call) error{
 
 // TestUnknownOutcome: whatever happens to transactions and their answers, each is done once, in order.
 func TestUnknownOutcome(t *testing.T) {
+	t.Parallel()
 	names := []string{"none", "request lost", "reply lost", "delayed", "repeated"}
 	rnd := seeded(t)
 	var mu sync.Mutex
@@ -124,6 +125,7 @@ func TestUnknownOutcome(t *testing.T) {
 // TestUnresolvedOutcome: an owner that does not learn for the TTL what became of a transaction stops, and was told of no
 // more than is there.
 func TestUnresolvedOutcome(t *testing.T) {
+	t.Parallel()
 	for _, name := range []string{"request lost", "reply lost"} {
 		t.Run(name, func(t *testing.T) {
 			w, b := &wire{}, newBook()
@@ -162,7 +164,7 @@ func TestSeededBugs(t *testing.T) {
 			k := newKeys(o.Prefix)
 			w := &wire{weaken: c.weaken(k), fault: faults["repeated"]}
 			temptation(t, o, w)
-			err := audit(t.Context(), shared.Client, k)
+			err := breach(t.Context(), shared.Client, k)
 			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 				t.Errorf("the audit says %v, want %q", err, c.want)
 			}
@@ -220,7 +222,8 @@ func TestBarrier(t *testing.T) {
 // TestLongTransaction: one that does not fit into an etcd transaction is cut in order of revision; a crash in between
 // leaves a beginning of it, and it is acknowledged only as a whole.
 func TestLongTransaction(t *testing.T) {
-	const n, fit = 1000, maxPuts / 2
+	t.Parallel()
+	const n, fit = 1000, maxPuts / 3
 	tx := store.Tx{Members: []lease.Member{{TEP: "tep1"}}, Recovered: true}
 	for rev := lease.Rev(1); rev <= n; rev++ {
 		tx.Commits = append(tx.Commits, bind(rev, "host"))

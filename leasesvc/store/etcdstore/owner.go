@@ -28,10 +28,9 @@ type tenure struct {
 
 // campaign waits until nobody owns the cell and takes it.
 func (c *client) campaign(ctx context.Context, o Options) (tenure, error) {
-	value := fmt.Sprintf("%s %s", o.Name, rand.Text())
 	for told := ""; ; {
 		try, cancel := c.deadline(ctx)
-		t, holder, err := c.take(try, o.TTL, value)
+		t, holder, err := c.take(try, o)
 		cancel()
 		switch {
 		case ctx.Err() != nil:
@@ -57,7 +56,7 @@ func (c *client) campaign(ctx context.Context, o Options) (tenure, error) {
 
 // take takes the cell if nobody owns it; else it returns the owner's name. After an error a key may have been made: it
 // belongs to an etcd lease that is ended here, or by nobody's renewing it.
-func (c *client) take(ctx context.Context, ttl time.Duration, value string) (t tenure, holder string, err error) {
+func (c *client) take(ctx context.Context, o Options) (t tenure, holder string, err error) {
 	get := clientv3.OpGet(c.keys.owner)
 	r, err := c.do(ctx, txn{then: []clientv3.Op{get}})
 	if err != nil {
@@ -66,12 +65,12 @@ func (c *client) take(ctx context.Context, ttl time.Duration, value string) (t t
 	if holder := holderOf(r, 0); holder != "" {
 		return tenure{}, holder, nil
 	}
-	if t.lease, err = c.grant(ctx, ttl); err != nil {
+	if t.lease, err = c.grant(ctx, o.TTL); err != nil {
 		return tenure{}, "", err
 	}
 	r, err = c.do(ctx, txn{
 		when: []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(c.keys.owner), "=", 0)},
-		then: []clientv3.Op{clientv3.OpPut(c.keys.owner, value, clientv3.WithLease(t.lease))},
+		then: []clientv3.Op{clientv3.OpPut(c.keys.owner, o.Name+" "+rand.Text(), clientv3.WithLease(t.lease))},
 		els:  []clientv3.Op{get},
 	})
 	switch {
