@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -84,13 +85,21 @@ func Start(o Options) (*Cluster, error) {
 	return c, nil
 }
 
+// Ports of members lie below those that systems choose for outgoing connections (Linux: from 32768 on), one of which would
+// take the place of a member that is down.
+const lowestPort, highestPort = 10000, 32767
+
 // freeHosts returns addresses on loopback whose ports were free just now.
 func freeHosts(n int) ([]string, error) {
 	var out []string
-	for range n {
-		l, err := net.Listen("tcp", "[::1]:0")
+	for tries := 0; len(out) < n; tries++ {
+		port := lowestPort + rand.IntN(highestPort-lowestPort+1)
+		l, err := net.Listen("tcp", fmt.Sprintf("[::1]:%d", port))
 		if err != nil {
-			return nil, err
+			if tries == 100 {
+				return nil, err
+			}
+			continue
 		}
 		defer l.Close() // after all are chosen, so that they differ
 		out = append(out, l.Addr().String())
