@@ -35,6 +35,9 @@ func TestConfigErrors(t *testing.T) {
 		{"bind wait", "bind_wait: 500ms", "bind_wait: 1m", "timer bind_wait 1m0s is outside 0s..5s"},
 		{"admin", `admin: "[::1]:9545"`, `admin: "[2001:db8::1]:9545"`, "want a loopback address"},
 		{"store type", "type: bolt", "type: etc", `store type "etc": want bolt`},
+		{"copies too often", "every: 15m", "every: 1ms", "store.copies.every 1ms: want 0s (never) or at least 1s"},
+		{"no copies kept", "keep: 8", "keep: 0", "store.copies.keep 0 is outside 1..1000"},
+		{"retention", "retention: 4320h", "retention: -1s", "audit.retention -1s: want 0s (for ever) or at least 1s"},
 		{"log", "level: info", "level: loud", `log level "loud"`},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -49,6 +49,8 @@ type Server struct {
 	resync  map[string]bool // gateways whose table is in doubt: the next session brings a whole one
 	checked map[string]time.Duration
 
+	backup sync.Mutex // held while one is sent
+
 	acked *signal       // an acknowledgement moved the fence
 	wake  chan struct{} // the sweeper has to look again
 	fatal chan error
@@ -247,6 +249,7 @@ func (s *Server) Tasks(l net.Listener) []daemon.Task {
 	return []daemon.Task{
 		daemon.NewTask("grpc", func(ctx context.Context, ready func()) error { return s.serve(ctx, l, ready) }),
 		daemon.NewTask("sweeper", s.sweep),
+		daemon.NewTask("audit", s.retain),
 		daemon.NewTask("certificates", func(ctx context.Context, ready func()) error { ready(); return s.d.TLS.Watch(ctx) }),
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -68,7 +69,8 @@ admin: "[::1]:0"
 func newWorld(t testing.TB, pools string) *world {
 	t.Helper()
 	dir := t.TempDir()
-	w := &world{t: t, ca: filepath.Join(dir, "ca"), db: filepath.Join(dir, "lease.db"), config: base + pools}
+	w := &world{t: t, ca: filepath.Join(dir, "ca"), db: filepath.Join(dir, "lease.db")}
+	w.config = strings.Replace(base, "path: p", "path: "+w.db, 1) + pools
 	if err := pki.Init(w.ca, "example.net", time.Hour); err != nil {
 		t.Fatal(err)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/netip"
 	"time"
@@ -23,6 +24,13 @@ type operator interface {
 	Pools(ctx context.Context) ([]leaseclient.PoolInfo, error)
 	TEPs(ctx context.Context) ([]leaseclient.TEPInfo, error)
 	Revoke(ctx context.Context, ref lease.Ref) error
+	archive
+}
+
+// archive is what is taken out of the lease service to be kept elsewhere.
+type archive interface {
+	AuditExport(ctx context.Context, r leaseclient.AuditRange, yield func(leaseclient.AuditEvent) error) error
+	Backup(ctx context.Context, w io.Writer) error
 }
 
 // connect prepares the calls of an operator; the returned function ends them.

@@ -15,8 +15,17 @@ import (
 	"github.com/dstm-project/dstm/lease"
 )
 
-// remote makes a command one that asks the lease service.
+// remote makes a command one that asks the lease service and gets an answer in time.
 func (a *app) remote(cmd *cobra.Command, ask func(ctx context.Context, op operator, args []string) error) *cobra.Command {
+	return a.stream(cmd, func(ctx context.Context, op operator, args []string) error {
+		ctx, cancel := context.WithTimeout(ctx, a.timeout)
+		defer cancel()
+		return ask(ctx, op, args)
+	})
+}
+
+// stream makes a command one that asks the lease service and takes as long as it takes.
+func (a *app) stream(cmd *cobra.Command, ask func(ctx context.Context, op operator, args []string) error) *cobra.Command {
 	s := &a.flags.LeaseService
 	var servers []string
 	f := cmd.Flags()
@@ -40,13 +49,11 @@ func (a *app) remote(cmd *cobra.Command, ask func(ctx context.Context, op operat
 		if len(c.LeaseService.Servers) == 0 {
 			return daemon.Usage(fmt.Errorf("no lease service: neither lease_service.servers in %s nor --server", a.config))
 		}
-		ctx, cancel := context.WithTimeout(cmd.Context(), a.timeout)
-		defer cancel()
 		op, end, err := a.connect(c)
 		if err != nil {
 			return err
 		}
-		return errors.Join(sentence(ask(ctx, op, args)), end())
+		return errors.Join(sentence(ask(cmd.Context(), op, args)), end())
 	}
 	return cmd
 }
@@ -110,62 +117,6 @@ func (a *app) revokeLease(ctx context.Context, op operator, addr, gen string) er
 	}
 	_, err = fmt.Fprintf(a.out, "%s is revoked; it is free once every gateway has let go of it\n", ip)
 	return err
-}
-
-func (a *app) whoCommand() *cobra.Command {
-	var at string
-	cmd := a.remote(&cobra.Command{
-		Use: "who ADDR[:PORT]", Short: "Say who holds or held an address", Args: oneArg("address"),
-		Long: "Print the recorded history of an address, newest first, or with --at who held it at that time: the host, its " +
-			"tunnel source, and from when on no gateway forwarded for it any more.",
-	}, func(ctx context.Context, op operator, args []string) error {
-		when, err := a.parseTime(at)
-		if err != nil {
-			return err
-		}
-		return a.who(ctx, op, args[0], when)
-	})
-	cmd.Flags().StringVar(&at, "at", "", "`time` as 2026-01-02T15:04:05Z, 15:04:05 (today, UTC), or a duration ago such as 90m")
-	return cmd
-}
-
-func (a *app) who(ctx context.Context, op operator, arg string, at time.Time) error {
-	addr, port := arg, uint16(0)
-	if ap, err := netip.ParseAddrPort(arg); err == nil {
-		addr, port = ap.Addr().String(), ap.Port()
-	}
-	ip, err := ipv4(addr)
-	if err != nil {
-		return err
-	}
-	held, err := op.Who(ctx, ip, port, at)
-	if err != nil {
-		return err
-	}
-	hs := views(held, viewHolding)
-	if a.json {
-		return a.printJSON("dstm.who/1", struct {
-			Holdings []holdingView `json:"holdings"`
-		}{hs})
-	}
-	if len(hs) == 0 {
-		_, err := fmt.Fprintf(a.out, "no record of a holder of %s%s\n", arg, atText(at))
-		return err
-	}
-	rows := make([][]string, 0, len(hs))
-	for _, h := range hs {
-		rows = append(rows, []string{
-			h.Addr, h.Host, h.Source, instant(h.Bound), instant(h.Unbound), instant(h.Fenced), h.End, h.Gen,
-		})
-	}
-	return table(a.out, []string{"ADDRESS", "HOST", "SOURCE", "BOUND", "UNBOUND", "FENCED", "END", "GENERATION"}, rows)
-}
-
-func atText(at time.Time) string {
-	if at.IsZero() {
-		return ""
-	}
-	return " at " + instant(at)
 }
 
 func (a *app) poolCommand() *cobra.Command {
@@ -242,22 +193,4 @@ func parseGen(s string) (lease.Gen, error) {
 		return 0, daemon.Usage(fmt.Errorf("--gen %q is not EPOCH.REVISION, for example 1.42", s))
 	}
 	return lease.MakeGen(lease.Epoch(epoch), lease.Rev(rev)), nil
-}
-
-// parseTime reads --at; nothing is the zero time.
-func (a *app) parseTime(s string) (time.Time, error) {
-	if s == "" {
-		return time.Time{}, nil
-	}
-	now := a.now().UTC()
-	if d, err := time.ParseDuration(s); err == nil && d >= 0 {
-		return now.Add(-d), nil
-	}
-	if t, err := time.Parse(time.RFC3339Nano, s); err == nil {
-		return t, nil
-	}
-	if t, err := time.Parse(time.TimeOnly, s); err == nil {
-		return time.Date(now.Year(), now.Month(), now.Day(), t.Hour(), t.Minute(), t.Second(), 0, time.UTC), nil
-	}
-	return time.Time{}, daemon.Usage(fmt.Errorf("--at %q: want 2026-01-02T15:04:05Z, 15:04:05 (today, UTC) or a duration ago such as 90m", s))
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -37,6 +38,9 @@ type fake struct {
 	config  Config
 	revoked lease.Ref
 	at      time.Time
+	asked   leaseclient.AuditRange
+	events  []leaseclient.AuditEvent
+	backup  func(io.Writer) error
 }
 
 func ref(addr string, gen lease.Gen) lease.Ref {
@@ -46,6 +50,8 @@ func ref(addr string, gen lease.Gen) lease.Ref {
 var (
 	host1 = netip.MustParseAddr("2001:db8:1::a")
 	host2 = netip.MustParseAddr("2001:db8:1::b")
+
+	tepAddr = netip.MustParseAddr("2001:db8:a::1")
 )
 
 func (f *fake) Leases(_ context.Context, pool string) ([]leaseclient.LeaseInfo, error) {
@@ -75,6 +81,23 @@ func (f *fake) TEPs(context.Context) ([]leaseclient.TEPInfo, error) {
 
 func (f *fake) Revoke(_ context.Context, r lease.Ref) error {
 	f.revoked = r
+	return f.err
+}
+
+func (f *fake) AuditExport(_ context.Context, r leaseclient.AuditRange, yield func(leaseclient.AuditEvent) error) error {
+	f.asked = r
+	for _, ev := range f.events {
+		if err := yield(ev); err != nil {
+			return err
+		}
+	}
+	return f.err
+}
+
+func (f *fake) Backup(_ context.Context, w io.Writer) error {
+	if f.backup != nil {
+		return f.backup(w)
+	}
 	return f.err
 }
 
@@ -114,9 +137,9 @@ func golden(t *testing.T, name, got string) {
 
 func holdings() []leaseclient.Holding {
 	return []leaseclient.Holding{
-		{Ref: ref("198.51.100.1", lease.MakeGen(1, 42)), HostID: "host2", Host: host2, Bound: noon.Add(-30 * time.Minute)},
+		{Ref: ref("198.51.100.1", lease.MakeGen(1, 42)), HostID: "host2", Host: host2, TEP: tepAddr, Bound: noon.Add(-30 * time.Minute)},
 		{
-			Ref: ref("198.51.100.1", lease.MakeGen(1, 7)), HostID: "host1", Host: host1, Bound: noon.Add(-2 * time.Hour),
+			Ref: ref("198.51.100.1", lease.MakeGen(1, 7)), HostID: "host1", Host: host1, TEP: tepAddr, Bound: noon.Add(-2 * time.Hour),
 			Unbound: noon.Add(-time.Hour), Fenced: noon.Add(-time.Hour + time.Second), End: lease.ReasonIdle,
 		},
 	}

@@ -56,7 +56,7 @@ func (a *app) root() *cobra.Command {
 	p.StringVarP(&a.config, "config", "c", DefaultPath, "configuration `file`; not needed when the flags say everything")
 	root.AddCommand(a.statusCommand(), a.dropsCommand(), a.bgpCommand())
 	root.AddCommand(a.leaseCommand(), a.whoCommand(), a.poolCommand(), a.tepCommand())
-	root.AddCommand(a.pkiCommand())
+	root.AddCommand(a.auditCommand(), a.dbCommand(), a.pkiCommand())
 	for _, extra := range extraCommands() {
 		root.AddCommand(extra)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"net/netip"
 	"time"
 
@@ -21,11 +22,18 @@ type (
 		Bound   time.Time `json:"bound,omitzero"`
 		Waiting []string  `json:"waiting,omitempty"`
 	}
+	// portSet names the ports of an address (RFC 7597); a length of 0 is all of them.
+	portSet struct {
+		Addr    string  `json:"addr"`
+		PSIDLen uint8   `json:"psid_len,omitempty"`
+		PSID    *uint16 `json:"psid,omitempty"`
+	}
 	holdingView struct {
-		Addr    string    `json:"addr"`
+		portSet
 		Gen     string    `json:"gen"`
 		Host    string    `json:"host"`
 		Source  string    `json:"source"`
+		TEP     string    `json:"tep"`
 		Bound   time.Time `json:"bound,omitzero"`
 		Unbound time.Time `json:"unbound,omitzero"`
 		Fenced  time.Time `json:"fenced,omitzero"`
@@ -61,13 +69,29 @@ func viewLease(l leaseclient.LeaseInfo) leaseView {
 
 func viewHolding(h leaseclient.Holding) holdingView {
 	v := holdingView{
-		Addr: h.Resource.String(), Gen: genText(h.Gen), Host: h.HostID, Source: addrText(h.Host),
+		portSet: viewPorts(h.Resource), Gen: genText(h.Gen), Host: h.HostID, Source: addrText(h.Host), TEP: addrText(h.TEP),
 		Bound: h.Bound.UTC(), Unbound: h.Unbound.UTC(), Fenced: h.Fenced.UTC(),
 	}
 	if h.End != lease.ReasonNone {
 		v.End = h.End.String()
 	}
 	return v
+}
+
+func viewPorts(r lease.Resource) portSet {
+	p := portSet{Addr: r.Addr.String(), PSIDLen: r.PSIDLen}
+	if r.PSIDLen > 0 {
+		p.PSID = &r.PSID
+	}
+	return p
+}
+
+// resource prints the address, and the port set behind it.
+func (p portSet) resource() string {
+	if p.PSID == nil {
+		return p.Addr
+	}
+	return fmt.Sprintf("%s#%d/%d", p.Addr, *p.PSID, p.PSIDLen)
 }
 
 func viewPool(p leaseclient.PoolInfo) poolView {

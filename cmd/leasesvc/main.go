@@ -72,6 +72,11 @@ func serve(ctx context.Context, cfg *leasesvc.Config, log *slog.Logger) error {
 	registry := daemon.NewRegistry()
 	deps := leasesvc.Deps{Store: st, TLS: id, Log: log, Registry: registry}
 	var tasks []daemon.Task
+	if c := cfg.Store.Copies; c.Every > 0 {
+		copies := &boltstore.Copies{Store: st, Dir: cfg.CopiesDir(), Every: c.Every, Keep: c.Keep, Log: log}
+		copies.Register(registry)
+		tasks = append(tasks, daemon.NewTask("copies", copies.Run))
+	}
 	if a := cfg.ACME; a.Directory != "" {
 		m, err := acme.New(acme.Config{Directory: a.Directory, Root: a.Root, Listen: a.Listen, Names: a.Names, Dir: a.Dir, Email: a.Email}, log)
 		if err != nil {

@@ -74,6 +74,22 @@ func FromTime(t time.Time) int64 {
 	return t.UnixMilli()
 }
 
+// Instant decodes Unix nanoseconds; 0 is the zero Time.
+func Instant(ns int64) time.Time {
+	if ns == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, ns)
+}
+
+// FromInstant encodes a time as Unix nanoseconds; the zero Time becomes 0.
+func FromInstant(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixNano()
+}
+
 // Resource decodes a required resource.
 func Resource(field string, m *leasev1.Resource) (lease.Resource, error) {
 	if m == nil {

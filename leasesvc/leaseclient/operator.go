@@ -60,41 +60,6 @@ func addr6(b []byte) netip.Addr {
 	return a
 }
 
-// Holding is one audit record.
-type Holding struct {
-	lease.Ref
-	HostID  string
-	Host    netip.Addr
-	Bound   time.Time
-	Unbound time.Time // zero while bound
-	Fenced  time.Time // zero until every gateway is fenced
-	End     lease.Reason
-}
-
-// Who says who held the address (and port, 0 = any) at a time; the zero time asks for the whole history, newest first.
-func (c *Conn) Who(ctx context.Context, addr netip.Addr, port uint16, at time.Time) ([]Holding, error) {
-	m := &leasev1.WhoRequest{Addr: wire.FromAddr4(addr), Port: uint32(port), AtUnixMs: wire.FromTime(at)}
-	rep, err := call(ctx, c, func(ctx context.Context, cc *grpc.ClientConn, m *leasev1.WhoRequest) (*leasev1.WhoReply, error) {
-		return leasev1.NewOperatorsClient(cc).Who(ctx, m)
-	}, m)
-	if err != nil {
-		return nil, fmt.Errorf("who: %w", err)
-	}
-	out := make([]Holding, 0, len(rep.GetHoldings()))
-	for _, h := range rep.GetHoldings() {
-		res, err := wire.Resource("res", h.GetRes())
-		if err != nil {
-			return nil, fmt.Errorf("who: %w", err)
-		}
-		out = append(out, Holding{
-			Ref: lease.Ref{Resource: res, Gen: lease.Gen(h.GetGen())}, HostID: h.GetHostId(), Host: addr6(h.GetHost()),
-			Bound: wire.Time(h.GetBoundMs()), Unbound: wire.Time(h.GetUnboundMs()), Fenced: wire.Time(h.GetFencedMs()),
-			End: wire.Reason(h.GetEnd()),
-		})
-	}
-	return out, nil
-}
-
 // PoolInfo is one pool with its counts of addresses.
 type PoolInfo struct {
 	lease.Pool

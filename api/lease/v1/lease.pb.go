@@ -217,6 +217,58 @@ func (Reason) EnumDescriptor() ([]byte, []int) {
 	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{2}
 }
 
+type AuditKind int32
+
+const (
+	AuditKind_AUDIT_UNSPECIFIED AuditKind = 0
+	AuditKind_BOUND             AuditKind = 1
+	AuditKind_UNBOUND           AuditKind = 2
+	AuditKind_FENCED            AuditKind = 3
+)
+
+// Enum value maps for AuditKind.
+var (
+	AuditKind_name = map[int32]string{
+		0: "AUDIT_UNSPECIFIED",
+		1: "BOUND",
+		2: "UNBOUND",
+		3: "FENCED",
+	}
+	AuditKind_value = map[string]int32{
+		"AUDIT_UNSPECIFIED": 0,
+		"BOUND":             1,
+		"UNBOUND":           2,
+		"FENCED":            3,
+	}
+)
+
+func (x AuditKind) Enum() *AuditKind {
+	p := new(AuditKind)
+	*p = x
+	return p
+}
+
+func (x AuditKind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (AuditKind) Descriptor() protoreflect.EnumDescriptor {
+	return file_dstm_lease_v1_lease_proto_enumTypes[3].Descriptor()
+}
+
+func (AuditKind) Type() protoreflect.EnumType {
+	return &file_dstm_lease_v1_lease_proto_enumTypes[3]
+}
+
+func (x AuditKind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use AuditKind.Descriptor instead.
+func (AuditKind) EnumDescriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{3}
+}
+
 // Resource is a whole address (psid_len 0) or a port set of it (RFC 7597 section 5.1).
 type Resource struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -3181,8 +3233,8 @@ func (x *LeaseInfo) GetWaiting() []string {
 type WhoRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Addr          uint32                 `protobuf:"fixed32,1,opt,name=addr,proto3" json:"addr,omitempty"`
-	Port          uint32                 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`
-	AtUnixMs      int64                  `protobuf:"varint,3,opt,name=at_unix_ms,json=atUnixMs,proto3" json:"at_unix_ms,omitempty"` // 0 = the whole recorded history, newest first
+	Port          uint32                 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`                           // 0 = any
+	AtUnixNs      int64                  `protobuf:"varint,4,opt,name=at_unix_ns,json=atUnixNs,proto3" json:"at_unix_ns,omitempty"` // 0 = the whole recorded history, newest first
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3231,9 +3283,9 @@ func (x *WhoRequest) GetPort() uint32 {
 	return 0
 }
 
-func (x *WhoRequest) GetAtUnixMs() int64 {
+func (x *WhoRequest) GetAtUnixNs() int64 {
 	if x != nil {
-		return x.AtUnixMs
+		return x.AtUnixNs
 	}
 	return 0
 }
@@ -3282,17 +3334,19 @@ func (x *WhoReply) GetHoldings() []*Holding {
 	return nil
 }
 
-// Holding is one audit record: who held what, when, and when the fence was complete.
+// Holding is the audit record of one lease: who held what, when, and when the fence was complete. Times are Unix
+// nanoseconds, as precise as they are recorded, so that one that was shown can be asked for.
 type Holding struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	HostId        string                 `protobuf:"bytes,1,opt,name=host_id,json=hostId,proto3" json:"host_id,omitempty"`
 	Host          []byte                 `protobuf:"bytes,2,opt,name=host,proto3" json:"host,omitempty"`
 	Res           *Resource              `protobuf:"bytes,3,opt,name=res,proto3" json:"res,omitempty"`
 	Gen           uint64                 `protobuf:"varint,4,opt,name=gen,proto3" json:"gen,omitempty"`
-	BoundMs       int64                  `protobuf:"varint,5,opt,name=bound_ms,json=boundMs,proto3" json:"bound_ms,omitempty"`
-	UnboundMs     int64                  `protobuf:"varint,6,opt,name=unbound_ms,json=unboundMs,proto3" json:"unbound_ms,omitempty"`
-	FencedMs      int64                  `protobuf:"varint,7,opt,name=fenced_ms,json=fencedMs,proto3" json:"fenced_ms,omitempty"`
 	End           Reason                 `protobuf:"varint,8,opt,name=end,proto3,enum=dstm.lease.v1.Reason" json:"end,omitempty"`
+	BoundUnixNs   int64                  `protobuf:"varint,9,opt,name=bound_unix_ns,json=boundUnixNs,proto3" json:"bound_unix_ns,omitempty"`
+	UnboundUnixNs int64                  `protobuf:"varint,10,opt,name=unbound_unix_ns,json=unboundUnixNs,proto3" json:"unbound_unix_ns,omitempty"`
+	FencedUnixNs  int64                  `protobuf:"varint,11,opt,name=fenced_unix_ns,json=fencedUnixNs,proto3" json:"fenced_unix_ns,omitempty"`
+	Tep           []byte                 `protobuf:"bytes,12,opt,name=tep,proto3" json:"tep,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3355,32 +3409,321 @@ func (x *Holding) GetGen() uint64 {
 	return 0
 }
 
-func (x *Holding) GetBoundMs() int64 {
-	if x != nil {
-		return x.BoundMs
-	}
-	return 0
-}
-
-func (x *Holding) GetUnboundMs() int64 {
-	if x != nil {
-		return x.UnboundMs
-	}
-	return 0
-}
-
-func (x *Holding) GetFencedMs() int64 {
-	if x != nil {
-		return x.FencedMs
-	}
-	return 0
-}
-
 func (x *Holding) GetEnd() Reason {
 	if x != nil {
 		return x.End
 	}
 	return Reason_R_UNSPECIFIED
+}
+
+func (x *Holding) GetBoundUnixNs() int64 {
+	if x != nil {
+		return x.BoundUnixNs
+	}
+	return 0
+}
+
+func (x *Holding) GetUnboundUnixNs() int64 {
+	if x != nil {
+		return x.UnboundUnixNs
+	}
+	return 0
+}
+
+func (x *Holding) GetFencedUnixNs() int64 {
+	if x != nil {
+		return x.FencedUnixNs
+	}
+	return 0
+}
+
+func (x *Holding) GetTep() []byte {
+	if x != nil {
+		return x.Tep
+	}
+	return nil
+}
+
+// AuditExportRequest asks for the events after a revision, at or after one instant and before another; 0 = no bound.
+type AuditExportRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AfterRev      uint64                 `protobuf:"varint,1,opt,name=after_rev,json=afterRev,proto3" json:"after_rev,omitempty"`
+	FromUnixNs    int64                  `protobuf:"varint,2,opt,name=from_unix_ns,json=fromUnixNs,proto3" json:"from_unix_ns,omitempty"`
+	ToUnixNs      int64                  `protobuf:"varint,3,opt,name=to_unix_ns,json=toUnixNs,proto3" json:"to_unix_ns,omitempty"`
+	Follow        bool                   `protobuf:"varint,4,opt,name=follow,proto3" json:"follow,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditExportRequest) Reset() {
+	*x = AuditExportRequest{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditExportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditExportRequest) ProtoMessage() {}
+
+func (x *AuditExportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditExportRequest.ProtoReflect.Descriptor instead.
+func (*AuditExportRequest) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *AuditExportRequest) GetAfterRev() uint64 {
+	if x != nil {
+		return x.AfterRev
+	}
+	return 0
+}
+
+func (x *AuditExportRequest) GetFromUnixNs() int64 {
+	if x != nil {
+		return x.FromUnixNs
+	}
+	return 0
+}
+
+func (x *AuditExportRequest) GetToUnixNs() int64 {
+	if x != nil {
+		return x.ToUnixNs
+	}
+	return 0
+}
+
+func (x *AuditExportRequest) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+// AuditEvent is one record of the audit log.
+type AuditEvent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rev           uint64                 `protobuf:"varint,1,opt,name=rev,proto3" json:"rev,omitempty"`
+	Kind          AuditKind              `protobuf:"varint,2,opt,name=kind,proto3,enum=dstm.lease.v1.AuditKind" json:"kind,omitempty"`
+	AtUnixNs      int64                  `protobuf:"varint,3,opt,name=at_unix_ns,json=atUnixNs,proto3" json:"at_unix_ns,omitempty"`
+	Res           *Resource              `protobuf:"bytes,4,opt,name=res,proto3" json:"res,omitempty"`
+	Gen           uint64                 `protobuf:"varint,5,opt,name=gen,proto3" json:"gen,omitempty"`
+	HostId        string                 `protobuf:"bytes,6,opt,name=host_id,json=hostId,proto3" json:"host_id,omitempty"`                 // bound
+	Host          []byte                 `protobuf:"bytes,7,opt,name=host,proto3" json:"host,omitempty"`                                   // bound: tunnel source
+	Tep           []byte                 `protobuf:"bytes,8,opt,name=tep,proto3" json:"tep,omitempty"`                                     // bound
+	Trigger       Trigger                `protobuf:"varint,9,opt,name=trigger,proto3,enum=dstm.lease.v1.Trigger" json:"trigger,omitempty"` // bound
+	End           Reason                 `protobuf:"varint,10,opt,name=end,proto3,enum=dstm.lease.v1.Reason" json:"end,omitempty"`         // unbound
+	Chain         []byte                 `protobuf:"bytes,11,opt,name=chain,proto3" json:"chain,omitempty"`                                // after this record; empty when those around it are pruned
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditEvent) Reset() {
+	*x = AuditEvent{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditEvent) ProtoMessage() {}
+
+func (x *AuditEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditEvent.ProtoReflect.Descriptor instead.
+func (*AuditEvent) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *AuditEvent) GetRev() uint64 {
+	if x != nil {
+		return x.Rev
+	}
+	return 0
+}
+
+func (x *AuditEvent) GetKind() AuditKind {
+	if x != nil {
+		return x.Kind
+	}
+	return AuditKind_AUDIT_UNSPECIFIED
+}
+
+func (x *AuditEvent) GetAtUnixNs() int64 {
+	if x != nil {
+		return x.AtUnixNs
+	}
+	return 0
+}
+
+func (x *AuditEvent) GetRes() *Resource {
+	if x != nil {
+		return x.Res
+	}
+	return nil
+}
+
+func (x *AuditEvent) GetGen() uint64 {
+	if x != nil {
+		return x.Gen
+	}
+	return 0
+}
+
+func (x *AuditEvent) GetHostId() string {
+	if x != nil {
+		return x.HostId
+	}
+	return ""
+}
+
+func (x *AuditEvent) GetHost() []byte {
+	if x != nil {
+		return x.Host
+	}
+	return nil
+}
+
+func (x *AuditEvent) GetTep() []byte {
+	if x != nil {
+		return x.Tep
+	}
+	return nil
+}
+
+func (x *AuditEvent) GetTrigger() Trigger {
+	if x != nil {
+		return x.Trigger
+	}
+	return Trigger_T_UNSPECIFIED
+}
+
+func (x *AuditEvent) GetEnd() Reason {
+	if x != nil {
+		return x.End
+	}
+	return Reason_R_UNSPECIFIED
+}
+
+func (x *AuditEvent) GetChain() []byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+type BackupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupRequest) Reset() {
+	*x = BackupRequest{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupRequest) ProtoMessage() {}
+
+func (x *BackupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
+func (*BackupRequest) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{47}
+}
+
+type BackupChunk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	Sha256        []byte                 `protobuf:"bytes,2,opt,name=sha256,proto3" json:"sha256,omitempty"` // of all data
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupChunk) Reset() {
+	*x = BackupChunk{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupChunk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupChunk) ProtoMessage() {}
+
+func (x *BackupChunk) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupChunk.ProtoReflect.Descriptor instead.
+func (*BackupChunk) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *BackupChunk) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *BackupChunk) GetSha256() []byte {
+	if x != nil {
+		return x.Sha256
+	}
+	return nil
 }
 
 type PoolsRequest struct {
@@ -3391,7 +3734,7 @@ type PoolsRequest struct {
 
 func (x *PoolsRequest) Reset() {
 	*x = PoolsRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3403,7 +3746,7 @@ func (x *PoolsRequest) String() string {
 func (*PoolsRequest) ProtoMessage() {}
 
 func (x *PoolsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3416,7 +3759,7 @@ func (x *PoolsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolsRequest.ProtoReflect.Descriptor instead.
 func (*PoolsRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{45}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{49}
 }
 
 type PoolInfo struct {
@@ -3436,7 +3779,7 @@ type PoolInfo struct {
 
 func (x *PoolInfo) Reset() {
 	*x = PoolInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3448,7 +3791,7 @@ func (x *PoolInfo) String() string {
 func (*PoolInfo) ProtoMessage() {}
 
 func (x *PoolInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3461,7 +3804,7 @@ func (x *PoolInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolInfo.ProtoReflect.Descriptor instead.
 func (*PoolInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{46}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *PoolInfo) GetName() string {
@@ -3536,7 +3879,7 @@ type PoolsReply struct {
 
 func (x *PoolsReply) Reset() {
 	*x = PoolsReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3548,7 +3891,7 @@ func (x *PoolsReply) String() string {
 func (*PoolsReply) ProtoMessage() {}
 
 func (x *PoolsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3561,7 +3904,7 @@ func (x *PoolsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolsReply.ProtoReflect.Descriptor instead.
 func (*PoolsReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{47}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *PoolsReply) GetPools() []*PoolInfo {
@@ -3579,7 +3922,7 @@ type TepsRequest struct {
 
 func (x *TepsRequest) Reset() {
 	*x = TepsRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3591,7 +3934,7 @@ func (x *TepsRequest) String() string {
 func (*TepsRequest) ProtoMessage() {}
 
 func (x *TepsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3604,7 +3947,7 @@ func (x *TepsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepsRequest.ProtoReflect.Descriptor instead.
 func (*TepsRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{48}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{52}
 }
 
 type TepInfo struct {
@@ -3622,7 +3965,7 @@ type TepInfo struct {
 
 func (x *TepInfo) Reset() {
 	*x = TepInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3634,7 +3977,7 @@ func (x *TepInfo) String() string {
 func (*TepInfo) ProtoMessage() {}
 
 func (x *TepInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3647,7 +3990,7 @@ func (x *TepInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepInfo.ProtoReflect.Descriptor instead.
 func (*TepInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{49}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *TepInfo) GetId() string {
@@ -3708,7 +4051,7 @@ type TepsReply struct {
 
 func (x *TepsReply) Reset() {
 	*x = TepsReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3720,7 +4063,7 @@ func (x *TepsReply) String() string {
 func (*TepsReply) ProtoMessage() {}
 
 func (x *TepsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3733,7 +4076,7 @@ func (x *TepsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepsReply.ProtoReflect.Descriptor instead.
 func (*TepsReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{50}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *TepsReply) GetTeps() []*TepInfo {
@@ -3753,7 +4096,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3765,7 +4108,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3778,7 +4121,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{51}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RevokeRequest) GetRes() *Resource {
@@ -3803,7 +4146,7 @@ type RevokeReply struct {
 
 func (x *RevokeReply) Reset() {
 	*x = RevokeReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3815,7 +4158,7 @@ func (x *RevokeReply) String() string {
 func (*RevokeReply) ProtoMessage() {}
 
 func (x *RevokeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3828,7 +4171,7 @@ func (x *RevokeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeReply.ProtoReflect.Descriptor instead.
 func (*RevokeReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{52}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{56}
 }
 
 var File_dstm_lease_v1_lease_proto protoreflect.FileDescriptor
@@ -4053,25 +4396,52 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x04pool\x18\x06 \x01(\tR\x04pool\x12\x17\n" +
 	"\aleft_ms\x18\a \x01(\rR\x06leftMs\x12\x19\n" +
 	"\bbound_ms\x18\b \x01(\x03R\aboundMs\x12\x18\n" +
-	"\awaiting\x18\t \x03(\tR\awaiting\"R\n" +
+	"\awaiting\x18\t \x03(\tR\awaiting\"X\n" +
 	"\n" +
 	"WhoRequest\x12\x12\n" +
 	"\x04addr\x18\x01 \x01(\aR\x04addr\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\rR\x04port\x12\x1c\n" +
 	"\n" +
-	"at_unix_ms\x18\x03 \x01(\x03R\batUnixMs\">\n" +
+	"at_unix_ns\x18\x04 \x01(\x03R\batUnixNsJ\x04\b\x03\x10\x04\">\n" +
 	"\bWhoReply\x122\n" +
-	"\bholdings\x18\x01 \x03(\v2\x16.dstm.lease.v1.HoldingR\bholdings\"\xf3\x01\n" +
+	"\bholdings\x18\x01 \x03(\v2\x16.dstm.lease.v1.HoldingR\bholdings\"\xa6\x02\n" +
 	"\aHolding\x12\x17\n" +
 	"\ahost_id\x18\x01 \x01(\tR\x06hostId\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\fR\x04host\x12)\n" +
 	"\x03res\x18\x03 \x01(\v2\x17.dstm.lease.v1.ResourceR\x03res\x12\x10\n" +
-	"\x03gen\x18\x04 \x01(\x04R\x03gen\x12\x19\n" +
-	"\bbound_ms\x18\x05 \x01(\x03R\aboundMs\x12\x1d\n" +
+	"\x03gen\x18\x04 \x01(\x04R\x03gen\x12'\n" +
+	"\x03end\x18\b \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x03end\x12\"\n" +
+	"\rbound_unix_ns\x18\t \x01(\x03R\vboundUnixNs\x12&\n" +
+	"\x0funbound_unix_ns\x18\n" +
+	" \x01(\x03R\runboundUnixNs\x12$\n" +
+	"\x0efenced_unix_ns\x18\v \x01(\x03R\ffencedUnixNs\x12\x10\n" +
+	"\x03tep\x18\f \x01(\fR\x03tepJ\x04\b\x05\x10\b\"\x89\x01\n" +
+	"\x12AuditExportRequest\x12\x1b\n" +
+	"\tafter_rev\x18\x01 \x01(\x04R\bafterRev\x12 \n" +
+	"\ffrom_unix_ns\x18\x02 \x01(\x03R\n" +
+	"fromUnixNs\x12\x1c\n" +
 	"\n" +
-	"unbound_ms\x18\x06 \x01(\x03R\tunboundMs\x12\x1b\n" +
-	"\tfenced_ms\x18\a \x01(\x03R\bfencedMs\x12'\n" +
-	"\x03end\x18\b \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x03end\"\x0e\n" +
+	"to_unix_ns\x18\x03 \x01(\x03R\btoUnixNs\x12\x16\n" +
+	"\x06follow\x18\x04 \x01(\bR\x06follow\"\xd7\x02\n" +
+	"\n" +
+	"AuditEvent\x12\x10\n" +
+	"\x03rev\x18\x01 \x01(\x04R\x03rev\x12,\n" +
+	"\x04kind\x18\x02 \x01(\x0e2\x18.dstm.lease.v1.AuditKindR\x04kind\x12\x1c\n" +
+	"\n" +
+	"at_unix_ns\x18\x03 \x01(\x03R\batUnixNs\x12)\n" +
+	"\x03res\x18\x04 \x01(\v2\x17.dstm.lease.v1.ResourceR\x03res\x12\x10\n" +
+	"\x03gen\x18\x05 \x01(\x04R\x03gen\x12\x17\n" +
+	"\ahost_id\x18\x06 \x01(\tR\x06hostId\x12\x12\n" +
+	"\x04host\x18\a \x01(\fR\x04host\x12\x10\n" +
+	"\x03tep\x18\b \x01(\fR\x03tep\x120\n" +
+	"\atrigger\x18\t \x01(\x0e2\x16.dstm.lease.v1.TriggerR\atrigger\x12'\n" +
+	"\x03end\x18\n" +
+	" \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x03end\x12\x14\n" +
+	"\x05chain\x18\v \x01(\fR\x05chain\"\x0f\n" +
+	"\rBackupRequest\"9\n" +
+	"\vBackupChunk\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\x12\x16\n" +
+	"\x06sha256\x18\x02 \x01(\fR\x06sha256\"\x0e\n" +
 	"\fPoolsRequest\"\xd3\x01\n" +
 	"\bPoolInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
@@ -4133,7 +4503,13 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x06POLICY\x10\v\x12\n" +
 	"\n" +
 	"\x06NO_TEP\x10\f\x12\x12\n" +
-	"\x0eDEGRADED_STORE\x10\r2\x86\x02\n" +
+	"\x0eDEGRADED_STORE\x10\r*F\n" +
+	"\tAuditKind\x12\x15\n" +
+	"\x11AUDIT_UNSPECIFIED\x10\x00\x12\t\n" +
+	"\x05BOUND\x10\x01\x12\v\n" +
+	"\aUNBOUND\x10\x02\x12\n" +
+	"\n" +
+	"\x06FENCED\x10\x032\x86\x02\n" +
 	"\x05Hosts\x12@\n" +
 	"\x06Attend\x12\x17.dstm.lease.v1.AttendUp\x1a\x19.dstm.lease.v1.AttendDown(\x010\x01\x128\n" +
 	"\x04Bind\x12\x1a.dstm.lease.v1.BindRequest\x1a\x14.dstm.lease.v1.Lease\x12:\n" +
@@ -4146,14 +4522,16 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x04Teps\x12:\n" +
 	"\x04Sync\x12\x15.dstm.lease.v1.SyncUp\x1a\x17.dstm.lease.v1.SyncDown(\x010\x012T\n" +
 	"\bGateways\x12H\n" +
-	"\bQuestion\x12\x1e.dstm.lease.v1.QuestionRequest\x1a\x1c.dstm.lease.v1.QuestionReply2\xd3\x02\n" +
+	"\bQuestion\x12\x1e.dstm.lease.v1.QuestionRequest\x1a\x1c.dstm.lease.v1.QuestionReply2\xe8\x03\n" +
 	"\tOperators\x12D\n" +
 	"\n" +
 	"ListLeases\x12\x1a.dstm.lease.v1.ListRequest\x1a\x18.dstm.lease.v1.LeaseInfo0\x01\x129\n" +
 	"\x03Who\x12\x19.dstm.lease.v1.WhoRequest\x1a\x17.dstm.lease.v1.WhoReply\x12?\n" +
 	"\x05Pools\x12\x1b.dstm.lease.v1.PoolsRequest\x1a\x19.dstm.lease.v1.PoolsReply\x12@\n" +
 	"\bListTeps\x12\x1a.dstm.lease.v1.TepsRequest\x1a\x18.dstm.lease.v1.TepsReply\x12B\n" +
-	"\x06Revoke\x12\x1c.dstm.lease.v1.RevokeRequest\x1a\x1a.dstm.lease.v1.RevokeReplyB3Z1github.com/dstm-project/dstm/api/lease/v1;leasev1b\x06proto3"
+	"\x06Revoke\x12\x1c.dstm.lease.v1.RevokeRequest\x1a\x1a.dstm.lease.v1.RevokeReply\x12M\n" +
+	"\vAuditExport\x12!.dstm.lease.v1.AuditExportRequest\x1a\x19.dstm.lease.v1.AuditEvent0\x01\x12D\n" +
+	"\x06Backup\x12\x1c.dstm.lease.v1.BackupRequest\x1a\x1a.dstm.lease.v1.BackupChunk0\x01B3Z1github.com/dstm-project/dstm/api/lease/v1;leasev1b\x06proto3"
 
 var (
 	file_dstm_lease_v1_lease_proto_rawDescOnce sync.Once
@@ -4167,148 +4545,161 @@ func file_dstm_lease_v1_lease_proto_rawDescGZIP() []byte {
 	return file_dstm_lease_v1_lease_proto_rawDescData
 }
 
-var file_dstm_lease_v1_lease_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dstm_lease_v1_lease_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
+var file_dstm_lease_v1_lease_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_dstm_lease_v1_lease_proto_msgTypes = make([]protoimpl.MessageInfo, 57)
 var file_dstm_lease_v1_lease_proto_goTypes = []any{
-	(HintState)(0),          // 0: dstm.lease.v1.HintState
-	(Trigger)(0),            // 1: dstm.lease.v1.Trigger
-	(Reason)(0),             // 2: dstm.lease.v1.Reason
-	(*Resource)(nil),        // 3: dstm.lease.v1.Resource
-	(*LeaseRef)(nil),        // 4: dstm.lease.v1.LeaseRef
-	(*AttendUp)(nil),        // 5: dstm.lease.v1.AttendUp
-	(*HostHello)(nil),       // 6: dstm.lease.v1.HostHello
-	(*Sources)(nil),         // 7: dstm.lease.v1.Sources
-	(*Installed)(nil),       // 8: dstm.lease.v1.Installed
-	(*AttendDown)(nil),      // 9: dstm.lease.v1.AttendDown
-	(*Welcome)(nil),         // 10: dstm.lease.v1.Welcome
-	(*Timers)(nil),          // 11: dstm.lease.v1.Timers
-	(*Offer)(nil),           // 12: dstm.lease.v1.Offer
-	(*Revoke)(nil),          // 13: dstm.lease.v1.Revoke
-	(*BindRequest)(nil),     // 14: dstm.lease.v1.BindRequest
-	(*Lease)(nil),           // 15: dstm.lease.v1.Lease
-	(*RenewRequest)(nil),    // 16: dstm.lease.v1.RenewRequest
-	(*ReleaseRequest)(nil),  // 17: dstm.lease.v1.ReleaseRequest
-	(*ReleaseReply)(nil),    // 18: dstm.lease.v1.ReleaseReply
-	(*Prefix)(nil),          // 19: dstm.lease.v1.Prefix
-	(*WatchRequest)(nil),    // 20: dstm.lease.v1.WatchRequest
-	(*HostEvent)(nil),       // 21: dstm.lease.v1.HostEvent
-	(*HostState)(nil),       // 22: dstm.lease.v1.HostState
-	(*PoolState)(nil),       // 23: dstm.lease.v1.PoolState
-	(*HintRequest)(nil),     // 24: dstm.lease.v1.HintRequest
-	(*HintReply)(nil),       // 25: dstm.lease.v1.HintReply
-	(*SyncUp)(nil),          // 26: dstm.lease.v1.SyncUp
-	(*TepHello)(nil),        // 27: dstm.lease.v1.TepHello
-	(*Heartbeat)(nil),       // 28: dstm.lease.v1.Heartbeat
-	(*Ack)(nil),             // 29: dstm.lease.v1.Ack
-	(*Nack)(nil),            // 30: dstm.lease.v1.Nack
-	(*SyncDown)(nil),        // 31: dstm.lease.v1.SyncDown
-	(*SessionReply)(nil),    // 32: dstm.lease.v1.SessionReply
-	(*Endpoint)(nil),        // 33: dstm.lease.v1.Endpoint
-	(*Peer)(nil),            // 34: dstm.lease.v1.Peer
-	(*QuestionRequest)(nil), // 35: dstm.lease.v1.QuestionRequest
-	(*QuestionReply)(nil),   // 36: dstm.lease.v1.QuestionReply
-	(*SnapshotChunk)(nil),   // 37: dstm.lease.v1.SnapshotChunk
-	(*Batch)(nil),           // 38: dstm.lease.v1.Batch
-	(*Record)(nil),          // 39: dstm.lease.v1.Record
-	(*Binding)(nil),         // 40: dstm.lease.v1.Binding
-	(*Unbind)(nil),          // 41: dstm.lease.v1.Unbind
-	(*PoolRecord)(nil),      // 42: dstm.lease.v1.PoolRecord
-	(*ListRequest)(nil),     // 43: dstm.lease.v1.ListRequest
-	(*LeaseInfo)(nil),       // 44: dstm.lease.v1.LeaseInfo
-	(*WhoRequest)(nil),      // 45: dstm.lease.v1.WhoRequest
-	(*WhoReply)(nil),        // 46: dstm.lease.v1.WhoReply
-	(*Holding)(nil),         // 47: dstm.lease.v1.Holding
-	(*PoolsRequest)(nil),    // 48: dstm.lease.v1.PoolsRequest
-	(*PoolInfo)(nil),        // 49: dstm.lease.v1.PoolInfo
-	(*PoolsReply)(nil),      // 50: dstm.lease.v1.PoolsReply
-	(*TepsRequest)(nil),     // 51: dstm.lease.v1.TepsRequest
-	(*TepInfo)(nil),         // 52: dstm.lease.v1.TepInfo
-	(*TepsReply)(nil),       // 53: dstm.lease.v1.TepsReply
-	(*RevokeRequest)(nil),   // 54: dstm.lease.v1.RevokeRequest
-	(*RevokeReply)(nil),     // 55: dstm.lease.v1.RevokeReply
+	(HintState)(0),             // 0: dstm.lease.v1.HintState
+	(Trigger)(0),               // 1: dstm.lease.v1.Trigger
+	(Reason)(0),                // 2: dstm.lease.v1.Reason
+	(AuditKind)(0),             // 3: dstm.lease.v1.AuditKind
+	(*Resource)(nil),           // 4: dstm.lease.v1.Resource
+	(*LeaseRef)(nil),           // 5: dstm.lease.v1.LeaseRef
+	(*AttendUp)(nil),           // 6: dstm.lease.v1.AttendUp
+	(*HostHello)(nil),          // 7: dstm.lease.v1.HostHello
+	(*Sources)(nil),            // 8: dstm.lease.v1.Sources
+	(*Installed)(nil),          // 9: dstm.lease.v1.Installed
+	(*AttendDown)(nil),         // 10: dstm.lease.v1.AttendDown
+	(*Welcome)(nil),            // 11: dstm.lease.v1.Welcome
+	(*Timers)(nil),             // 12: dstm.lease.v1.Timers
+	(*Offer)(nil),              // 13: dstm.lease.v1.Offer
+	(*Revoke)(nil),             // 14: dstm.lease.v1.Revoke
+	(*BindRequest)(nil),        // 15: dstm.lease.v1.BindRequest
+	(*Lease)(nil),              // 16: dstm.lease.v1.Lease
+	(*RenewRequest)(nil),       // 17: dstm.lease.v1.RenewRequest
+	(*ReleaseRequest)(nil),     // 18: dstm.lease.v1.ReleaseRequest
+	(*ReleaseReply)(nil),       // 19: dstm.lease.v1.ReleaseReply
+	(*Prefix)(nil),             // 20: dstm.lease.v1.Prefix
+	(*WatchRequest)(nil),       // 21: dstm.lease.v1.WatchRequest
+	(*HostEvent)(nil),          // 22: dstm.lease.v1.HostEvent
+	(*HostState)(nil),          // 23: dstm.lease.v1.HostState
+	(*PoolState)(nil),          // 24: dstm.lease.v1.PoolState
+	(*HintRequest)(nil),        // 25: dstm.lease.v1.HintRequest
+	(*HintReply)(nil),          // 26: dstm.lease.v1.HintReply
+	(*SyncUp)(nil),             // 27: dstm.lease.v1.SyncUp
+	(*TepHello)(nil),           // 28: dstm.lease.v1.TepHello
+	(*Heartbeat)(nil),          // 29: dstm.lease.v1.Heartbeat
+	(*Ack)(nil),                // 30: dstm.lease.v1.Ack
+	(*Nack)(nil),               // 31: dstm.lease.v1.Nack
+	(*SyncDown)(nil),           // 32: dstm.lease.v1.SyncDown
+	(*SessionReply)(nil),       // 33: dstm.lease.v1.SessionReply
+	(*Endpoint)(nil),           // 34: dstm.lease.v1.Endpoint
+	(*Peer)(nil),               // 35: dstm.lease.v1.Peer
+	(*QuestionRequest)(nil),    // 36: dstm.lease.v1.QuestionRequest
+	(*QuestionReply)(nil),      // 37: dstm.lease.v1.QuestionReply
+	(*SnapshotChunk)(nil),      // 38: dstm.lease.v1.SnapshotChunk
+	(*Batch)(nil),              // 39: dstm.lease.v1.Batch
+	(*Record)(nil),             // 40: dstm.lease.v1.Record
+	(*Binding)(nil),            // 41: dstm.lease.v1.Binding
+	(*Unbind)(nil),             // 42: dstm.lease.v1.Unbind
+	(*PoolRecord)(nil),         // 43: dstm.lease.v1.PoolRecord
+	(*ListRequest)(nil),        // 44: dstm.lease.v1.ListRequest
+	(*LeaseInfo)(nil),          // 45: dstm.lease.v1.LeaseInfo
+	(*WhoRequest)(nil),         // 46: dstm.lease.v1.WhoRequest
+	(*WhoReply)(nil),           // 47: dstm.lease.v1.WhoReply
+	(*Holding)(nil),            // 48: dstm.lease.v1.Holding
+	(*AuditExportRequest)(nil), // 49: dstm.lease.v1.AuditExportRequest
+	(*AuditEvent)(nil),         // 50: dstm.lease.v1.AuditEvent
+	(*BackupRequest)(nil),      // 51: dstm.lease.v1.BackupRequest
+	(*BackupChunk)(nil),        // 52: dstm.lease.v1.BackupChunk
+	(*PoolsRequest)(nil),       // 53: dstm.lease.v1.PoolsRequest
+	(*PoolInfo)(nil),           // 54: dstm.lease.v1.PoolInfo
+	(*PoolsReply)(nil),         // 55: dstm.lease.v1.PoolsReply
+	(*TepsRequest)(nil),        // 56: dstm.lease.v1.TepsRequest
+	(*TepInfo)(nil),            // 57: dstm.lease.v1.TepInfo
+	(*TepsReply)(nil),          // 58: dstm.lease.v1.TepsReply
+	(*RevokeRequest)(nil),      // 59: dstm.lease.v1.RevokeRequest
+	(*RevokeReply)(nil),        // 60: dstm.lease.v1.RevokeReply
 }
 var file_dstm_lease_v1_lease_proto_depIdxs = []int32{
-	3,  // 0: dstm.lease.v1.LeaseRef.res:type_name -> dstm.lease.v1.Resource
-	6,  // 1: dstm.lease.v1.AttendUp.hello:type_name -> dstm.lease.v1.HostHello
-	7,  // 2: dstm.lease.v1.AttendUp.sources:type_name -> dstm.lease.v1.Sources
-	8,  // 3: dstm.lease.v1.AttendUp.installed:type_name -> dstm.lease.v1.Installed
-	4,  // 4: dstm.lease.v1.HostHello.held:type_name -> dstm.lease.v1.LeaseRef
-	4,  // 5: dstm.lease.v1.Installed.lease:type_name -> dstm.lease.v1.LeaseRef
-	10, // 6: dstm.lease.v1.AttendDown.welcome:type_name -> dstm.lease.v1.Welcome
-	12, // 7: dstm.lease.v1.AttendDown.offer:type_name -> dstm.lease.v1.Offer
-	13, // 8: dstm.lease.v1.AttendDown.revoke:type_name -> dstm.lease.v1.Revoke
-	4,  // 9: dstm.lease.v1.Welcome.known:type_name -> dstm.lease.v1.LeaseRef
-	11, // 10: dstm.lease.v1.Welcome.timers:type_name -> dstm.lease.v1.Timers
-	4,  // 11: dstm.lease.v1.Revoke.lease:type_name -> dstm.lease.v1.LeaseRef
+	4,  // 0: dstm.lease.v1.LeaseRef.res:type_name -> dstm.lease.v1.Resource
+	7,  // 1: dstm.lease.v1.AttendUp.hello:type_name -> dstm.lease.v1.HostHello
+	8,  // 2: dstm.lease.v1.AttendUp.sources:type_name -> dstm.lease.v1.Sources
+	9,  // 3: dstm.lease.v1.AttendUp.installed:type_name -> dstm.lease.v1.Installed
+	5,  // 4: dstm.lease.v1.HostHello.held:type_name -> dstm.lease.v1.LeaseRef
+	5,  // 5: dstm.lease.v1.Installed.lease:type_name -> dstm.lease.v1.LeaseRef
+	11, // 6: dstm.lease.v1.AttendDown.welcome:type_name -> dstm.lease.v1.Welcome
+	13, // 7: dstm.lease.v1.AttendDown.offer:type_name -> dstm.lease.v1.Offer
+	14, // 8: dstm.lease.v1.AttendDown.revoke:type_name -> dstm.lease.v1.Revoke
+	5,  // 9: dstm.lease.v1.Welcome.known:type_name -> dstm.lease.v1.LeaseRef
+	12, // 10: dstm.lease.v1.Welcome.timers:type_name -> dstm.lease.v1.Timers
+	5,  // 11: dstm.lease.v1.Revoke.lease:type_name -> dstm.lease.v1.LeaseRef
 	2,  // 12: dstm.lease.v1.Revoke.reason:type_name -> dstm.lease.v1.Reason
-	3,  // 13: dstm.lease.v1.BindRequest.want:type_name -> dstm.lease.v1.Resource
+	4,  // 13: dstm.lease.v1.BindRequest.want:type_name -> dstm.lease.v1.Resource
 	1,  // 14: dstm.lease.v1.BindRequest.trigger:type_name -> dstm.lease.v1.Trigger
-	3,  // 15: dstm.lease.v1.Lease.res:type_name -> dstm.lease.v1.Resource
-	4,  // 16: dstm.lease.v1.RenewRequest.lease:type_name -> dstm.lease.v1.LeaseRef
-	4,  // 17: dstm.lease.v1.ReleaseRequest.lease:type_name -> dstm.lease.v1.LeaseRef
+	4,  // 15: dstm.lease.v1.Lease.res:type_name -> dstm.lease.v1.Resource
+	5,  // 16: dstm.lease.v1.RenewRequest.lease:type_name -> dstm.lease.v1.LeaseRef
+	5,  // 17: dstm.lease.v1.ReleaseRequest.lease:type_name -> dstm.lease.v1.LeaseRef
 	2,  // 18: dstm.lease.v1.ReleaseRequest.reason:type_name -> dstm.lease.v1.Reason
-	19, // 19: dstm.lease.v1.WatchRequest.clients:type_name -> dstm.lease.v1.Prefix
-	22, // 20: dstm.lease.v1.HostEvent.upsert:type_name -> dstm.lease.v1.HostState
-	23, // 21: dstm.lease.v1.HostEvent.pool:type_name -> dstm.lease.v1.PoolState
+	20, // 19: dstm.lease.v1.WatchRequest.clients:type_name -> dstm.lease.v1.Prefix
+	23, // 20: dstm.lease.v1.HostEvent.upsert:type_name -> dstm.lease.v1.HostState
+	24, // 21: dstm.lease.v1.HostEvent.pool:type_name -> dstm.lease.v1.PoolState
 	2,  // 22: dstm.lease.v1.HostState.refused:type_name -> dstm.lease.v1.Reason
 	0,  // 23: dstm.lease.v1.HintReply.state:type_name -> dstm.lease.v1.HintState
 	2,  // 24: dstm.lease.v1.HintReply.reason:type_name -> dstm.lease.v1.Reason
-	27, // 25: dstm.lease.v1.SyncUp.hello:type_name -> dstm.lease.v1.TepHello
-	28, // 26: dstm.lease.v1.SyncUp.beat:type_name -> dstm.lease.v1.Heartbeat
-	29, // 27: dstm.lease.v1.SyncUp.ack:type_name -> dstm.lease.v1.Ack
-	33, // 28: dstm.lease.v1.TepHello.question:type_name -> dstm.lease.v1.Endpoint
-	30, // 29: dstm.lease.v1.Ack.nacks:type_name -> dstm.lease.v1.Nack
-	3,  // 30: dstm.lease.v1.Nack.res:type_name -> dstm.lease.v1.Resource
-	32, // 31: dstm.lease.v1.SyncDown.session:type_name -> dstm.lease.v1.SessionReply
-	37, // 32: dstm.lease.v1.SyncDown.snapshot:type_name -> dstm.lease.v1.SnapshotChunk
-	38, // 33: dstm.lease.v1.SyncDown.batch:type_name -> dstm.lease.v1.Batch
-	34, // 34: dstm.lease.v1.SessionReply.others:type_name -> dstm.lease.v1.Peer
-	33, // 35: dstm.lease.v1.Peer.question:type_name -> dstm.lease.v1.Endpoint
-	39, // 36: dstm.lease.v1.SnapshotChunk.records:type_name -> dstm.lease.v1.Record
-	39, // 37: dstm.lease.v1.Batch.records:type_name -> dstm.lease.v1.Record
-	40, // 38: dstm.lease.v1.Record.bind:type_name -> dstm.lease.v1.Binding
-	41, // 39: dstm.lease.v1.Record.unbind:type_name -> dstm.lease.v1.Unbind
-	42, // 40: dstm.lease.v1.Record.pool:type_name -> dstm.lease.v1.PoolRecord
-	3,  // 41: dstm.lease.v1.Binding.res:type_name -> dstm.lease.v1.Resource
-	3,  // 42: dstm.lease.v1.Unbind.res:type_name -> dstm.lease.v1.Resource
-	3,  // 43: dstm.lease.v1.LeaseInfo.res:type_name -> dstm.lease.v1.Resource
-	47, // 44: dstm.lease.v1.WhoReply.holdings:type_name -> dstm.lease.v1.Holding
-	3,  // 45: dstm.lease.v1.Holding.res:type_name -> dstm.lease.v1.Resource
+	28, // 25: dstm.lease.v1.SyncUp.hello:type_name -> dstm.lease.v1.TepHello
+	29, // 26: dstm.lease.v1.SyncUp.beat:type_name -> dstm.lease.v1.Heartbeat
+	30, // 27: dstm.lease.v1.SyncUp.ack:type_name -> dstm.lease.v1.Ack
+	34, // 28: dstm.lease.v1.TepHello.question:type_name -> dstm.lease.v1.Endpoint
+	31, // 29: dstm.lease.v1.Ack.nacks:type_name -> dstm.lease.v1.Nack
+	4,  // 30: dstm.lease.v1.Nack.res:type_name -> dstm.lease.v1.Resource
+	33, // 31: dstm.lease.v1.SyncDown.session:type_name -> dstm.lease.v1.SessionReply
+	38, // 32: dstm.lease.v1.SyncDown.snapshot:type_name -> dstm.lease.v1.SnapshotChunk
+	39, // 33: dstm.lease.v1.SyncDown.batch:type_name -> dstm.lease.v1.Batch
+	35, // 34: dstm.lease.v1.SessionReply.others:type_name -> dstm.lease.v1.Peer
+	34, // 35: dstm.lease.v1.Peer.question:type_name -> dstm.lease.v1.Endpoint
+	40, // 36: dstm.lease.v1.SnapshotChunk.records:type_name -> dstm.lease.v1.Record
+	40, // 37: dstm.lease.v1.Batch.records:type_name -> dstm.lease.v1.Record
+	41, // 38: dstm.lease.v1.Record.bind:type_name -> dstm.lease.v1.Binding
+	42, // 39: dstm.lease.v1.Record.unbind:type_name -> dstm.lease.v1.Unbind
+	43, // 40: dstm.lease.v1.Record.pool:type_name -> dstm.lease.v1.PoolRecord
+	4,  // 41: dstm.lease.v1.Binding.res:type_name -> dstm.lease.v1.Resource
+	4,  // 42: dstm.lease.v1.Unbind.res:type_name -> dstm.lease.v1.Resource
+	4,  // 43: dstm.lease.v1.LeaseInfo.res:type_name -> dstm.lease.v1.Resource
+	48, // 44: dstm.lease.v1.WhoReply.holdings:type_name -> dstm.lease.v1.Holding
+	4,  // 45: dstm.lease.v1.Holding.res:type_name -> dstm.lease.v1.Resource
 	2,  // 46: dstm.lease.v1.Holding.end:type_name -> dstm.lease.v1.Reason
-	49, // 47: dstm.lease.v1.PoolsReply.pools:type_name -> dstm.lease.v1.PoolInfo
-	52, // 48: dstm.lease.v1.TepsReply.teps:type_name -> dstm.lease.v1.TepInfo
-	3,  // 49: dstm.lease.v1.RevokeRequest.res:type_name -> dstm.lease.v1.Resource
-	5,  // 50: dstm.lease.v1.Hosts.Attend:input_type -> dstm.lease.v1.AttendUp
-	14, // 51: dstm.lease.v1.Hosts.Bind:input_type -> dstm.lease.v1.BindRequest
-	16, // 52: dstm.lease.v1.Hosts.Renew:input_type -> dstm.lease.v1.RenewRequest
-	17, // 53: dstm.lease.v1.Hosts.Release:input_type -> dstm.lease.v1.ReleaseRequest
-	20, // 54: dstm.lease.v1.Resolvers.WatchHosts:input_type -> dstm.lease.v1.WatchRequest
-	24, // 55: dstm.lease.v1.Resolvers.Hint:input_type -> dstm.lease.v1.HintRequest
-	26, // 56: dstm.lease.v1.Teps.Sync:input_type -> dstm.lease.v1.SyncUp
-	35, // 57: dstm.lease.v1.Gateways.Question:input_type -> dstm.lease.v1.QuestionRequest
-	43, // 58: dstm.lease.v1.Operators.ListLeases:input_type -> dstm.lease.v1.ListRequest
-	45, // 59: dstm.lease.v1.Operators.Who:input_type -> dstm.lease.v1.WhoRequest
-	48, // 60: dstm.lease.v1.Operators.Pools:input_type -> dstm.lease.v1.PoolsRequest
-	51, // 61: dstm.lease.v1.Operators.ListTeps:input_type -> dstm.lease.v1.TepsRequest
-	54, // 62: dstm.lease.v1.Operators.Revoke:input_type -> dstm.lease.v1.RevokeRequest
-	9,  // 63: dstm.lease.v1.Hosts.Attend:output_type -> dstm.lease.v1.AttendDown
-	15, // 64: dstm.lease.v1.Hosts.Bind:output_type -> dstm.lease.v1.Lease
-	15, // 65: dstm.lease.v1.Hosts.Renew:output_type -> dstm.lease.v1.Lease
-	18, // 66: dstm.lease.v1.Hosts.Release:output_type -> dstm.lease.v1.ReleaseReply
-	21, // 67: dstm.lease.v1.Resolvers.WatchHosts:output_type -> dstm.lease.v1.HostEvent
-	25, // 68: dstm.lease.v1.Resolvers.Hint:output_type -> dstm.lease.v1.HintReply
-	31, // 69: dstm.lease.v1.Teps.Sync:output_type -> dstm.lease.v1.SyncDown
-	36, // 70: dstm.lease.v1.Gateways.Question:output_type -> dstm.lease.v1.QuestionReply
-	44, // 71: dstm.lease.v1.Operators.ListLeases:output_type -> dstm.lease.v1.LeaseInfo
-	46, // 72: dstm.lease.v1.Operators.Who:output_type -> dstm.lease.v1.WhoReply
-	50, // 73: dstm.lease.v1.Operators.Pools:output_type -> dstm.lease.v1.PoolsReply
-	53, // 74: dstm.lease.v1.Operators.ListTeps:output_type -> dstm.lease.v1.TepsReply
-	55, // 75: dstm.lease.v1.Operators.Revoke:output_type -> dstm.lease.v1.RevokeReply
-	63, // [63:76] is the sub-list for method output_type
-	50, // [50:63] is the sub-list for method input_type
-	50, // [50:50] is the sub-list for extension type_name
-	50, // [50:50] is the sub-list for extension extendee
-	0,  // [0:50] is the sub-list for field type_name
+	3,  // 47: dstm.lease.v1.AuditEvent.kind:type_name -> dstm.lease.v1.AuditKind
+	4,  // 48: dstm.lease.v1.AuditEvent.res:type_name -> dstm.lease.v1.Resource
+	1,  // 49: dstm.lease.v1.AuditEvent.trigger:type_name -> dstm.lease.v1.Trigger
+	2,  // 50: dstm.lease.v1.AuditEvent.end:type_name -> dstm.lease.v1.Reason
+	54, // 51: dstm.lease.v1.PoolsReply.pools:type_name -> dstm.lease.v1.PoolInfo
+	57, // 52: dstm.lease.v1.TepsReply.teps:type_name -> dstm.lease.v1.TepInfo
+	4,  // 53: dstm.lease.v1.RevokeRequest.res:type_name -> dstm.lease.v1.Resource
+	6,  // 54: dstm.lease.v1.Hosts.Attend:input_type -> dstm.lease.v1.AttendUp
+	15, // 55: dstm.lease.v1.Hosts.Bind:input_type -> dstm.lease.v1.BindRequest
+	17, // 56: dstm.lease.v1.Hosts.Renew:input_type -> dstm.lease.v1.RenewRequest
+	18, // 57: dstm.lease.v1.Hosts.Release:input_type -> dstm.lease.v1.ReleaseRequest
+	21, // 58: dstm.lease.v1.Resolvers.WatchHosts:input_type -> dstm.lease.v1.WatchRequest
+	25, // 59: dstm.lease.v1.Resolvers.Hint:input_type -> dstm.lease.v1.HintRequest
+	27, // 60: dstm.lease.v1.Teps.Sync:input_type -> dstm.lease.v1.SyncUp
+	36, // 61: dstm.lease.v1.Gateways.Question:input_type -> dstm.lease.v1.QuestionRequest
+	44, // 62: dstm.lease.v1.Operators.ListLeases:input_type -> dstm.lease.v1.ListRequest
+	46, // 63: dstm.lease.v1.Operators.Who:input_type -> dstm.lease.v1.WhoRequest
+	53, // 64: dstm.lease.v1.Operators.Pools:input_type -> dstm.lease.v1.PoolsRequest
+	56, // 65: dstm.lease.v1.Operators.ListTeps:input_type -> dstm.lease.v1.TepsRequest
+	59, // 66: dstm.lease.v1.Operators.Revoke:input_type -> dstm.lease.v1.RevokeRequest
+	49, // 67: dstm.lease.v1.Operators.AuditExport:input_type -> dstm.lease.v1.AuditExportRequest
+	51, // 68: dstm.lease.v1.Operators.Backup:input_type -> dstm.lease.v1.BackupRequest
+	10, // 69: dstm.lease.v1.Hosts.Attend:output_type -> dstm.lease.v1.AttendDown
+	16, // 70: dstm.lease.v1.Hosts.Bind:output_type -> dstm.lease.v1.Lease
+	16, // 71: dstm.lease.v1.Hosts.Renew:output_type -> dstm.lease.v1.Lease
+	19, // 72: dstm.lease.v1.Hosts.Release:output_type -> dstm.lease.v1.ReleaseReply
+	22, // 73: dstm.lease.v1.Resolvers.WatchHosts:output_type -> dstm.lease.v1.HostEvent
+	26, // 74: dstm.lease.v1.Resolvers.Hint:output_type -> dstm.lease.v1.HintReply
+	32, // 75: dstm.lease.v1.Teps.Sync:output_type -> dstm.lease.v1.SyncDown
+	37, // 76: dstm.lease.v1.Gateways.Question:output_type -> dstm.lease.v1.QuestionReply
+	45, // 77: dstm.lease.v1.Operators.ListLeases:output_type -> dstm.lease.v1.LeaseInfo
+	47, // 78: dstm.lease.v1.Operators.Who:output_type -> dstm.lease.v1.WhoReply
+	55, // 79: dstm.lease.v1.Operators.Pools:output_type -> dstm.lease.v1.PoolsReply
+	58, // 80: dstm.lease.v1.Operators.ListTeps:output_type -> dstm.lease.v1.TepsReply
+	60, // 81: dstm.lease.v1.Operators.Revoke:output_type -> dstm.lease.v1.RevokeReply
+	50, // 82: dstm.lease.v1.Operators.AuditExport:output_type -> dstm.lease.v1.AuditEvent
+	52, // 83: dstm.lease.v1.Operators.Backup:output_type -> dstm.lease.v1.BackupChunk
+	69, // [69:84] is the sub-list for method output_type
+	54, // [54:69] is the sub-list for method input_type
+	54, // [54:54] is the sub-list for extension type_name
+	54, // [54:54] is the sub-list for extension extendee
+	0,  // [0:54] is the sub-list for field type_name
 }
 
 func init() { file_dstm_lease_v1_lease_proto_init() }
@@ -4352,8 +4743,8 @@ func file_dstm_lease_v1_lease_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dstm_lease_v1_lease_proto_rawDesc), len(file_dstm_lease_v1_lease_proto_rawDesc)),
-			NumEnums:      3,
-			NumMessages:   53,
+			NumEnums:      4,
+			NumMessages:   57,
 			NumExtensions: 0,
 			NumServices:   5,
 		},

@@ -615,11 +615,13 @@ var Gateways_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	Operators_ListLeases_FullMethodName = "/dstm.lease.v1.Operators/ListLeases"
-	Operators_Who_FullMethodName        = "/dstm.lease.v1.Operators/Who"
-	Operators_Pools_FullMethodName      = "/dstm.lease.v1.Operators/Pools"
-	Operators_ListTeps_FullMethodName   = "/dstm.lease.v1.Operators/ListTeps"
-	Operators_Revoke_FullMethodName     = "/dstm.lease.v1.Operators/Revoke"
+	Operators_ListLeases_FullMethodName  = "/dstm.lease.v1.Operators/ListLeases"
+	Operators_Who_FullMethodName         = "/dstm.lease.v1.Operators/Who"
+	Operators_Pools_FullMethodName       = "/dstm.lease.v1.Operators/Pools"
+	Operators_ListTeps_FullMethodName    = "/dstm.lease.v1.Operators/ListTeps"
+	Operators_Revoke_FullMethodName      = "/dstm.lease.v1.Operators/Revoke"
+	Operators_AuditExport_FullMethodName = "/dstm.lease.v1.Operators/AuditExport"
+	Operators_Backup_FullMethodName      = "/dstm.lease.v1.Operators/Backup"
 )
 
 // OperatorsClient is the client API for Operators service.
@@ -633,6 +635,10 @@ type OperatorsClient interface {
 	Pools(ctx context.Context, in *PoolsRequest, opts ...grpc.CallOption) (*PoolsReply, error)
 	ListTeps(ctx context.Context, in *TepsRequest, opts ...grpc.CallOption) (*TepsReply, error)
 	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeReply, error)
+	// AuditExport streams the audit log in order of revision, and with follow what is written from then on.
+	AuditExport(ctx context.Context, in *AuditExportRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AuditEvent], error)
+	// Backup streams a consistent copy of the store while it goes on. The last chunk has the digest and no data.
+	Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupChunk], error)
 }
 
 type operatorsClient struct {
@@ -702,6 +708,44 @@ func (c *operatorsClient) Revoke(ctx context.Context, in *RevokeRequest, opts ..
 	return out, nil
 }
 
+func (c *operatorsClient) AuditExport(ctx context.Context, in *AuditExportRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AuditEvent], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Operators_ServiceDesc.Streams[1], Operators_AuditExport_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[AuditExportRequest, AuditEvent]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Operators_AuditExportClient = grpc.ServerStreamingClient[AuditEvent]
+
+func (c *operatorsClient) Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupChunk], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Operators_ServiceDesc.Streams[2], Operators_Backup_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[BackupRequest, BackupChunk]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Operators_BackupClient = grpc.ServerStreamingClient[BackupChunk]
+
 // OperatorsServer is the server API for Operators service.
 // All implementations must embed UnimplementedOperatorsServer
 // for forward compatibility.
@@ -713,6 +757,10 @@ type OperatorsServer interface {
 	Pools(context.Context, *PoolsRequest) (*PoolsReply, error)
 	ListTeps(context.Context, *TepsRequest) (*TepsReply, error)
 	Revoke(context.Context, *RevokeRequest) (*RevokeReply, error)
+	// AuditExport streams the audit log in order of revision, and with follow what is written from then on.
+	AuditExport(*AuditExportRequest, grpc.ServerStreamingServer[AuditEvent]) error
+	// Backup streams a consistent copy of the store while it goes on. The last chunk has the digest and no data.
+	Backup(*BackupRequest, grpc.ServerStreamingServer[BackupChunk]) error
 	mustEmbedUnimplementedOperatorsServer()
 }
 
@@ -737,6 +785,12 @@ func (UnimplementedOperatorsServer) ListTeps(context.Context, *TepsRequest) (*Te
 }
 func (UnimplementedOperatorsServer) Revoke(context.Context, *RevokeRequest) (*RevokeReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Revoke not implemented")
+}
+func (UnimplementedOperatorsServer) AuditExport(*AuditExportRequest, grpc.ServerStreamingServer[AuditEvent]) error {
+	return status.Error(codes.Unimplemented, "method AuditExport not implemented")
+}
+func (UnimplementedOperatorsServer) Backup(*BackupRequest, grpc.ServerStreamingServer[BackupChunk]) error {
+	return status.Error(codes.Unimplemented, "method Backup not implemented")
 }
 func (UnimplementedOperatorsServer) mustEmbedUnimplementedOperatorsServer() {}
 func (UnimplementedOperatorsServer) testEmbeddedByValue()                   {}
@@ -842,6 +896,28 @@ func _Operators_Revoke_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Operators_AuditExport_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(AuditExportRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(OperatorsServer).AuditExport(m, &grpc.GenericServerStream[AuditExportRequest, AuditEvent]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Operators_AuditExportServer = grpc.ServerStreamingServer[AuditEvent]
+
+func _Operators_Backup_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(BackupRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(OperatorsServer).Backup(m, &grpc.GenericServerStream[BackupRequest, BackupChunk]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Operators_BackupServer = grpc.ServerStreamingServer[BackupChunk]
+
 // Operators_ServiceDesc is the grpc.ServiceDesc for Operators service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -870,6 +946,16 @@ var Operators_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "ListLeases",
 			Handler:       _Operators_ListLeases_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "AuditExport",
+			Handler:       _Operators_AuditExport_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Backup",
+			Handler:       _Operators_Backup_Handler,
 			ServerStreams: true,
 		},
 	},

@@ -25,15 +25,18 @@ const (
 )
 
 type Meta struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ClusterId     []byte                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	Epoch         uint32                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	LastRev       uint64                 `protobuf:"varint,3,opt,name=last_rev,json=lastRev,proto3" json:"last_rev,omitempty"`
-	LastWall      int64                  `protobuf:"varint,4,opt,name=last_wall,json=lastWall,proto3" json:"last_wall,omitempty"`
-	Layout        uint32                 `protobuf:"varint,5,opt,name=layout,proto3" json:"layout,omitempty"`
-	Secret        []byte                 `protobuf:"bytes,6,opt,name=secret,proto3" json:"secret,omitempty"`      // 32 random bytes of this cluster, see State.Secret
-	Restored      bool                   `protobuf:"varint,7,opt,name=restored,proto3" json:"restored,omitempty"` // see State.Restored
-	Audit         *AuditHead             `protobuf:"bytes,8,opt,name=audit,proto3" json:"audit,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId []byte                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Epoch     uint32                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	LastRev   uint64                 `protobuf:"varint,3,opt,name=last_rev,json=lastRev,proto3" json:"last_rev,omitempty"`
+	LastWall  int64                  `protobuf:"varint,4,opt,name=last_wall,json=lastWall,proto3" json:"last_wall,omitempty"`
+	Layout    uint32                 `protobuf:"varint,5,opt,name=layout,proto3" json:"layout,omitempty"`
+	Secret    []byte                 `protobuf:"bytes,6,opt,name=secret,proto3" json:"secret,omitempty"`      // 32 random bytes of this cluster, see State.Secret
+	Restored  bool                   `protobuf:"varint,7,opt,name=restored,proto3" json:"restored,omitempty"` // see State.Restored
+	Audit     *AuditHead             `protobuf:"bytes,8,opt,name=audit,proto3" json:"audit,omitempty"`
+	// One file only: what its newest transaction should have left, so that a disk which lost a part of it is noticed.
+	Digest        []byte `protobuf:"bytes,9,opt,name=digest,proto3" json:"digest,omitempty"`                             // over addresses, members and pools
+	GroupAfter    uint64 `protobuf:"varint,10,opt,name=group_after,json=groupAfter,proto3" json:"group_after,omitempty"` // the newest revision before the transaction
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -122,6 +125,20 @@ func (x *Meta) GetAudit() *AuditHead {
 		return x.Audit
 	}
 	return nil
+}
+
+func (x *Meta) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
+}
+
+func (x *Meta) GetGroupAfter() uint64 {
+	if x != nil {
+		return x.GroupAfter
+	}
+	return 0
 }
 
 type Address struct {
@@ -837,7 +854,7 @@ var File_dstm_store_v1_store_proto protoreflect.FileDescriptor
 
 const file_dstm_store_v1_store_proto_rawDesc = "" +
 	"\n" +
-	"\x19dstm/store/v1/store.proto\x12\rdstm.store.v1\"\xef\x01\n" +
+	"\x19dstm/store/v1/store.proto\x12\rdstm.store.v1\"\xa8\x02\n" +
 	"\x04Meta\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\fR\tclusterId\x12\x14\n" +
@@ -847,7 +864,11 @@ const file_dstm_store_v1_store_proto_rawDesc = "" +
 	"\x06layout\x18\x05 \x01(\rR\x06layout\x12\x16\n" +
 	"\x06secret\x18\x06 \x01(\fR\x06secret\x12\x1a\n" +
 	"\brestored\x18\a \x01(\bR\brestored\x12.\n" +
-	"\x05audit\x18\b \x01(\v2\x18.dstm.store.v1.AuditHeadR\x05audit\"\xd0\x02\n" +
+	"\x05audit\x18\b \x01(\v2\x18.dstm.store.v1.AuditHeadR\x05audit\x12\x16\n" +
+	"\x06digest\x18\t \x01(\fR\x06digest\x12\x1f\n" +
+	"\vgroup_after\x18\n" +
+	" \x01(\x04R\n" +
+	"groupAfter\"\xd0\x02\n" +
 	"\aAddress\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\rR\x05state\x12\x10\n" +
 	"\x03gen\x18\x02 \x01(\x04R\x03gen\x12\x10\n" +

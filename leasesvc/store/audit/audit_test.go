@@ -107,7 +107,7 @@ func (m *memory) verify() error {
 			return err
 		}
 	}
-	if _, err := v.End(); err != nil {
+	if err := v.End(); err != nil {
 		return err
 	}
 	for _, p := range m.index {

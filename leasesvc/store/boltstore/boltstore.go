@@ -14,8 +14,7 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
-	berrors "go.etcd.io/bbolt/errors"
-	"google.golang.org/protobuf/proto"
+	"golang.org/x/sys/unix"
 
 	storev1 "github.com/dstm-project/dstm/api/store/v1"
 	"github.com/dstm-project/dstm/lease"
@@ -69,10 +68,11 @@ type Store struct {
 
 // item is a transaction or, if prune is not nil, a step of pruning.
 type item struct {
-	tx       store.Tx
-	last     lease.Rev
-	prune    *pruning
-	complete func(error)
+	tx        store.Tx
+	addresses []pair // of tx.Commits
+	last      lease.Rev
+	prune     *pruning
+	complete  func(error)
 }
 
 func (it item) barrier() bool { return it.prune == nil && it.tx.Barrier() }
@@ -95,12 +95,7 @@ func Create(path string) error {
 	if err := os.Rename(tmp, path); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return fmt.Errorf("store: %w", err)
-	}
-	defer dir.Close()
-	if err := dir.Sync(); err != nil {
+	if err := syncDir(filepath.Dir(path)); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
 	return nil
@@ -140,10 +135,11 @@ func Open(o Options) (*Store, error) {
 	case st.Size() == 0:
 		return nil, fmt.Errorf("store %s is empty: restore a copy; a new store would lease addresses that are in use", o.Path)
 	}
-	db, last, err := openChecked(o)
-	if errors.Is(err, berrors.ErrTimeout) {
-		return nil, fmt.Errorf("store %s is locked by another process", o.Path)
+	f, err := openLocked(o.Path, os.O_RDWR, unix.LOCK_EX, o.Lock)
+	if err != nil {
+		return nil, fmt.Errorf("store %s: %w", o.Path, err)
 	}
+	db, last, err := openChecked(f)
 	if err != nil {
 		return nil, fmt.Errorf("store %s is damaged: %w: restore a copy", o.Path, err)
 	}
@@ -156,31 +152,36 @@ func Open(o Options) (*Store, error) {
 }
 
 // Load implements store.Store.
-func (s *Store) Load(context.Context) (store.State, error) {
-	var st store.State
-	err := s.db.View(func(tx *bbolt.Tx) error {
+func (s *Store) Load(context.Context) (st store.State, err error) {
+	err = s.db.View(func(tx *bbolt.Tx) error {
 		var m storev1.Meta
 		if err := getProto(tx.Bucket(bucketMeta), keyMeta, &m); err != nil {
 			return err
 		}
-		st = record.State(&m)
-		return errors.Join(
-			tx.Bucket(bucketMember).ForEach(func(k, v []byte) error {
-				m, err := record.DecodeMember(k, v)
-				st.Members = append(st.Members, m)
-				return err
-			}),
-			tx.Bucket(bucketPool).ForEach(func(k, v []byte) error {
-				p, err := record.DecodePool(k, v)
-				st.Pools = append(st.Pools, p)
-				return err
-			}),
-		)
+		st, err = state(tx, &m)
+		return err
 	})
 	if err != nil {
 		return store.State{}, fmt.Errorf("store: %w", err)
 	}
 	return st, nil
+}
+
+// state returns what is stored beside addresses and the audit log.
+func state(tx *bbolt.Tx, m *storev1.Meta) (store.State, error) {
+	st := record.State(m)
+	return st, errors.Join(
+		tx.Bucket(bucketMember).ForEach(func(k, v []byte) error {
+			m, err := record.DecodeMember(k, v)
+			st.Members = append(st.Members, m)
+			return err
+		}),
+		tx.Bucket(bucketPool).ForEach(func(k, v []byte) error {
+			p, err := record.DecodePool(k, v)
+			st.Pools = append(st.Pools, p)
+			return err
+		}),
+	)
 }
 
 // Addresses implements store.Store.
@@ -201,8 +202,12 @@ func (s *Store) Addresses(ctx context.Context, yield func(lease.Address) error) 
 
 // Commit implements store.Store.
 func (s *Store) Commit(tx store.Tx) *store.Pending {
+	as, err := addresses(tx)
+	if err != nil {
+		return store.Done(err)
+	}
 	p, complete := store.NewPending()
-	if err := s.enqueue(item{tx: tx, complete: complete}); err != nil {
+	if err := s.enqueue(item{tx: tx, addresses: as, complete: complete}); err != nil {
 		return store.Done(err)
 	}
 	return p
@@ -296,16 +301,30 @@ func (s *Store) fail(err error) {
 // Watch implements store.Store.
 func (s *Store) Watch(after lease.Rev) store.Watcher { return s.ring.Watch(after) }
 
-// Snapshot implements store.Store. What it writes is a store file.
-func (s *Store) Snapshot(_ context.Context, w io.Writer) error {
+// Snapshot implements store.Store. What it writes is a store file. As long as it writes, pages that change are kept: w
+// should be a file.
+func (s *Store) Snapshot(ctx context.Context, w io.Writer) error {
 	err := s.db.View(func(tx *bbolt.Tx) error {
-		_, err := tx.WriteTo(w)
+		_, err := tx.WriteTo(writerUntil{ctx, w})
 		return err
 	})
 	if err != nil {
 		return fmt.Errorf("store: snapshot: %w", err)
 	}
 	return nil
+}
+
+// writerUntil writes until a context ends.
+type writerUntil struct {
+	ctx context.Context
+	w   io.Writer
+}
+
+func (w writerUntil) Write(b []byte) (int, error) {
+	if err := w.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return w.w.Write(b)
 }
 
 // Close implements store.Store.
@@ -324,20 +343,4 @@ func (s *Store) Close() error {
 	<-s.done
 	s.ring.Close()
 	return s.db.Close()
-}
-
-func putProto(b *bbolt.Bucket, k []byte, m proto.Message) error {
-	v, err := proto.Marshal(m)
-	if err != nil {
-		return err
-	}
-	return b.Put(k, v)
-}
-
-func getProto(b *bbolt.Bucket, k []byte, m proto.Message) error {
-	v := b.Get(k)
-	if v == nil {
-		return fmt.Errorf("record %q is missing", k)
-	}
-	return proto.Unmarshal(v, m)
 }

@@ -2,6 +2,7 @@ package boltstore
 
 import (
 	"bytes"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -61,7 +62,7 @@ func open(t *testing.T, o Options) *Store {
 
 func put(t *testing.T, s *Store, rev lease.Rev) {
 	t.Helper()
-	a := lease.Address{Resource: lease.Whole(netip.AddrFrom4([4]byte{198, 51, byte(rev >> 8), byte(rev)})), State: lease.Bound, Gen: lease.MakeGen(1, rev), Rev: rev, Host: "h"}
+	a := lease.Address{Resource: lease.Whole(netip.AddrFrom4([4]byte{198, 51, byte(rev >> 8), byte(rev)})), State: lease.Bound, Gen: lease.MakeGen(1, rev), Rev: rev, Host: fmt.Sprint("host", rev)}
 	if err := s.Commit(store.Tx{Commits: []lease.Commit{{Rev: rev, Address: a, Audit: a.Audit()}}}).Wait(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -88,6 +89,21 @@ func TestSnapshotIsAStore(t *testing.T) {
 	if st, err := c.Load(t.Context()); err != nil || st.Last != 1 {
 		t.Errorf("copy: %v, revision %d, want 1", err, st.Last)
 	}
+}
+
+// used returns the bytes of a file that bbolt uses.
+func used(t *testing.T, path string) int {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	m, err := checkPages(f, func(string, []byte, []byte) error { return nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return int(m.pages) * m.pageSize
 }
 
 func TestOpenRefusals(t *testing.T) {
@@ -125,7 +141,7 @@ func TestOpenRefusals(t *testing.T) {
 		{"missing", filepath.Join(dir, "none.db"), "does not exist: create one with"},
 		{"empty", write("empty.db", nil), "is empty: restore a copy"},
 		{"not a store", write("text.db", []byte(strings.Repeat("not a database\n", 1000))), "is damaged"},
-		{"cut", write("cut.db", whole[:len(whole)/3]), "is damaged"},
+		{"cut", write("cut.db", whole[:used(t, good)/3]), "is damaged"},
 		{"scribbled", write("scribbled.db", scribbled), "is damaged"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -134,7 +150,7 @@ func TestOpenRefusals(t *testing.T) {
 			}
 		})
 	}
-	if locked == nil || !strings.Contains(locked.Error(), "is locked by another process") {
+	if locked == nil || !strings.Contains(locked.Error(), "locked by another process") {
 		t.Errorf("second open: %v, want it to say that the store is locked", locked)
 	}
 	if err := Create(good); err == nil || !strings.Contains(err.Error(), "it is not replaced") {
