@@ -138,10 +138,11 @@ func checkService(s *LeaseService, r *config.Report) {
 	if s.Name == "" {
 		r.Errorf("$.lease_service", "name is missing: want the name in the lease service's certificate")
 	}
-	for _, f := range []struct{ key, value string }{{"cert", s.TLS.Cert}, {"key", s.TLS.Key}, {"ca", s.TLS.CA}} {
-		if f.value == "" {
-			r.Errorf("$.lease_service.tls", "%s is missing: want the path of a PEM file", f.key)
-		}
+	if s.TLS.CA == "" {
+		r.Errorf("$.lease_service.tls", "ca is missing: want the path of a PEM file")
+	}
+	if (s.TLS.Cert == "") != (s.TLS.Key == "") {
+		r.Errorf("$.lease_service.tls", "cert %q with key %q: want both, or neither where the lease service knows hosts by their address", s.TLS.Cert, s.TLS.Key)
 	}
 }
 

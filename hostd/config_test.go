@@ -76,7 +76,7 @@ func TestConfigErrors(t *testing.T) {
 		{"idle", minimal + "idle: {after: 10ms}\n", "after 10ms: want 1s to 24h"},
 		{"admin", minimal + "admin: \"[2001:db8::1]:9547\"\n", "want a loopback address"},
 		{"path", minimal + "paths: {run: run}\n", `run "run": want an absolute path`},
-		{"no tls key", strings.Replace(minimal, "key: host.key, ", "", 1), "key is missing: want the path of a PEM file"},
+		{"no tls key", strings.Replace(minimal, "key: host.key, ", "", 1), `with key "": want both, or neither`},
 	} {
 		_, err := ParseConfig("c.yaml", []byte(c.text))
 		if err == nil || !strings.Contains(err.Error(), c.want) {

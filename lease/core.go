@@ -151,22 +151,32 @@ func (t Timers) Clamp(want time.Duration) time.Duration {
 type Config struct {
 	Pool    Pool
 	Exclude []netip.Addr // never given out; a lease that is alive is left to end
+	// Fixed gives identities an address of their own, which nobody else gets.
+	Fixed map[string]netip.Addr
+	// PSIDLen, when not 0, lets an address be leased to 1<<PSIDLen hosts at once, by port sets, to hosts that accept them
+	// when addresses run short. At most MaxPSIDLen.
+	PSIDLen uint8
 	Timers  Timers
 }
 
-// An Event is one of Bind, Renew, Release, Revoke, Reserve, FenceTo and Tick.
+// An Event is one of Bind, Renew, Release, Revoke, Reserve, FenceTo, Tick and Adopt.
 type Event interface{ event() }
 
 // Bind asks for a lease. The caller has authenticated Host and proved Source. A holder who binds again from the same
-// source renews: same address, same generation. From another source the old lease ends (MOVED) and a new one begins,
-// on another address until the old one is fenced.
+// source renews: same address, same generation. From another source the old lease ends (MOVED) and a new one begins on the
+// same address, as soon as the old one is fenced: see Actions.Wait.
 type Bind struct {
-	Host    string     // identity
-	Source  netip.Addr // tunnel source, IPv6
-	Want    netip.Addr // preferred address; zero = none
+	Host   string     // identity
+	Source netip.Addr // tunnel source, IPv6
+	// From, when set, is a lease that the host has proved to be its own, under whatever identity: it takes the address along.
+	// Identities that are addresses change with them.
+	From    Ref
+	Want    Resource // preferred; zero = none
 	Valid   time.Duration
 	MTU     uint16
 	Trigger Trigger
+	PortSet bool // the host can do with a port set
+	Hurry   bool // another address rather than Actions.Wait
 }
 
 // Renew extends a live lease. Source must be the one of the lease; a host that moved binds again.
@@ -215,7 +225,10 @@ type Actions struct {
 	Commits []Commit // in order of revision; one transaction holds them all
 	Grant   *Grant   // answer to Bind and Renew
 	Deny    Reason   // answer to Bind, Renew, Release and Revoke; ReasonNone = not refused
-	Ended   []Ended  // leases that ended
+	// Wait, when not 0, answers Bind: the address that the host should have is being fenced. Bind again once FenceTo has
+	// reached this revision, or with Hurry.
+	Wait  Rev
+	Ended []Ended // leases that ended
 }
 
 // Commit is one event of one address, as the store keeps it.
@@ -246,9 +259,44 @@ type Ended struct {
 	Reason Reason
 }
 
-// Stats counts the addresses of a core by state. Size counts those that can be leased.
+// Stats counts the addresses of a core by state. Size counts those that can be leased; Cut are leased by port sets, which
+// are counted on their own.
 type Stats struct {
-	Size, Free, Reserved, Bound, Revoking, Hold, Conflict int
+	Size, Free, Reserved, Bound, Revoking, Hold, Conflict, Cut int
+
+	SetsFree, SetsUsed int
+}
+
+// Pressure says how short of addresses a slice is.
+type Pressure uint8
+
+// The steps of pressure. Each does what those before it do. Slices of fewer than 16 addresses are small on purpose and
+// know only None and Dry.
+const (
+	PressureNone Pressure = 0
+	PressureHigh Pressure = 1 // 85 % in use: validities are halved
+	PressureFull Pressure = 2 // 95 %: the shortest validity, no hints, port sets for those who accept them
+	PressureDry  Pressure = 3 // nothing is left: Bind is refused
+)
+
+// smallSlice is the size below which a slice is small on purpose.
+const smallSlice = 16
+
+// Pressure returns how short of addresses the slice is.
+func (c *Core) Pressure() Pressure {
+	s := c.Stats()
+	left := s.Free + s.Reserved
+	switch {
+	case left == 0 && s.SetsFree == 0:
+		return PressureDry
+	case s.Size < smallSlice:
+		return PressureNone
+	case c.short():
+		return PressureFull
+	case left*20 < s.Size*3+20:
+		return PressureHigh
+	}
+	return PressureNone
 }
 
 // Info is one address that is not FREE, with what an operator wants to know.

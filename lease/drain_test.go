@@ -27,7 +27,7 @@ func TestOneHostDrainsNoPool(t *testing.T) {
 				if i%2 == 1 && !c.release {
 					source = srcB
 				}
-				a := core.Step(now, lease.Bind{Host: "busy", Source: source})
+				a := core.Step(now, lease.Bind{Host: "busy", Source: source, Hurry: true})
 				switch a.Deny {
 				case lease.ReasonNone:
 					if c.release {

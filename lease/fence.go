@@ -14,6 +14,7 @@ type FenceConfig struct {
 	// Session is d: the deadline granted with every session reply, counted from the gateway's own send time. 0 = D, for a
 	// cell with one gateway.
 	Session time.Duration
+	Epoch   Epoch         // of the store: sessions of a restored one come after all of before
 	RatePPM int64         // by how much the clocks of two machines may run apart; 0 = 500
 	MaxLag  time.Duration // a gateway whose acknowledgement is this late serves no more; 0 = 1s
 }
@@ -146,7 +147,7 @@ func (f *FenceSet) Hello(now time.Duration, tep, instance string, question netip
 		m = &member{Member: Member{TEP: tep}, long: now}
 		f.teps[tep] = m
 	}
-	m.Session++
+	m.Session = max(m.Session, f.cfg.Epoch.sessions()) + 1
 	m.Instance, m.Question = instance, question
 	m.acked, m.heard, m.live, m.echo = 0, false, true, 0
 	m.deadline = max(m.deadline, now)

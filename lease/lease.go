@@ -16,6 +16,10 @@ type Rev uint64
 // Epoch counts restores of the store. It is part of every generation, so that a restore never repeats one.
 type Epoch uint16
 
+// sessions is the number after which the sessions of an epoch begin. The first epoch begins at 0; a gateway takes none for
+// new that is not above those it had before a restore.
+func (e Epoch) sessions() uint64 { return uint64(max(e, 1)-1) << 32 }
+
 // Gen is a generation: epoch << 48 | revision of the bind. It grows strictly per address (invariant I3).
 type Gen uint64
 

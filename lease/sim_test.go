@@ -181,8 +181,8 @@ func (s *sim) valid() time.Duration { return time.Duration(s.draw(20)) * time.Se
 // bind checks I9 on the way.
 func (s *sim) bind(host string, source byte) error {
 	st := s.core.Stats()
-	a, err := s.step(lease.Bind{Host: host, Source: netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, 15: source}), Valid: s.valid()})
-	if err == nil && a.Grant == nil && st.Free+st.Reserved > 0 {
+	a, err := s.step(lease.Bind{Host: host, Source: netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, 15: source}), Valid: s.valid(), Hurry: s.draw(2) == 0})
+	if err == nil && a.Grant == nil && a.Wait == 0 && st.Free+st.Reserved > 0 {
 		return fmt.Errorf("I9: %s was refused (%s) with %d addresses free and %d reserved", host, a.Deny, st.Free, st.Reserved)
 	}
 	return err

@@ -20,6 +20,9 @@ type Core struct {
 	cell     *Cell
 	entries  []entry
 	lists    [Conflict + 1]queue // addresses by state; FREE is in order of leaving: the first was free longest
+	sets     queue               // FREE port sets of addresses that are cut
+	cut      int                 // addresses that are cut
+	fixed    map[string]int32    // host → index of the address that only it may have
 	previous map[string]int32    // host → index of the address it had last
 	reserved map[string]int32    // host → index of its reservation
 	timers   timerHeap
@@ -48,20 +51,25 @@ func defaultRules() rules {
 	}
 }
 
-// entry is one address. prev and next link it into the list of its state.
+// entry is one address, or one port set of it. prev and next link it into the list of its state.
 type entry struct {
 	Address
 	prev, next int32
 	timer      int32         // position in the heap, -1 = none
 	at         time.Duration // when the state ends by itself
-	forHost    string        // RESERVED: for whom
+	forHost    string        // RESERVED: for whom; REVOKING and HOLD: who takes it along under another identity
+	fixed      string        // only this host may have it
 	excluded   bool
+	cut        bool  // an address that is leased by port sets, in no list itself
+	first      int32 // an address: index of its port set 0; 0 = it was never cut
+	whole      int32 // a port set: index of its address
+	free       int32 // an address that is cut: how many of its port sets are FREE
 }
 
 // queue is a doubly linked list of entries through their prev and next.
 type queue struct {
 	head, tail int32
-	n          int
+	n, sets    int // addresses and port sets
 }
 
 // NewCore builds the core of a slice from the records that the store holds for it; none for a new one. See Loader.
@@ -95,20 +103,30 @@ func NewLoader(cfg Config, cell *Cell) (*Loader, error) {
 	}
 	c := &Core{
 		cfg: cfg, cell: cell, entries: make([]entry, 1<<(32-p.Bits())),
-		previous: map[string]int32{}, reserved: map[string]int32{}, rules: defaultRules(),
+		fixed: map[string]int32{}, previous: map[string]int32{}, reserved: map[string]int32{}, rules: defaultRules(),
 	}
 	c.timers.c = c
 	for i := range c.lists {
 		c.lists[i] = queue{head: -1, tail: -1}
 	}
+	c.sets = queue{head: -1, tail: -1}
 	addr := p.Addr()
 	for i := range c.entries {
 		c.entries[i] = entry{Address: Address{Resource: Whole(addr)}, prev: -1, next: -1, timer: -1}
 		addr = addr.Next()
 	}
+	if cfg.PSIDLen > MaxPSIDLen {
+		return nil, fmt.Errorf("pool %s: port sets of length %d: want at most %d", cfg.Pool.Name, cfg.PSIDLen, MaxPSIDLen)
+	}
 	for _, a := range cfg.Exclude {
 		if i, ok := c.index(Whole(a)); ok {
 			c.entries[i].excluded = true
+		}
+	}
+	for host, a := range cfg.Fixed {
+		if i, ok := c.index(Whole(a)); ok {
+			c.entries[i].fixed = host
+			c.fixed[host] = i
 		}
 	}
 	return &Loader{c: c, stored: make([]bool, len(c.entries))}, nil
@@ -117,14 +135,29 @@ func NewLoader(cfg Config, cell *Cell) (*Loader, error) {
 // Put adds a stored record.
 func (l *Loader) Put(r Address) error {
 	c := l.c
+	name := c.cfg.Pool.Name
+	if r.PSIDLen > 0 {
+		if r.State == Free { // says nothing that matters
+			return nil
+		}
+		if r.PSIDLen != c.cfg.PSIDLen {
+			return fmt.Errorf("pool %s: port set %s is %s in the store, the pool has port sets of length %d: keep the length until it is free",
+				name, r.Resource, r.State, c.cfg.PSIDLen)
+		}
+		if i, ok := c.index(Whole(r.Addr)); ok && !c.entries[i].cut {
+			c.entries[i].cut = true
+			c.portSets(i)
+			l.stored = append(l.stored, make([]bool, len(c.entries)-len(l.stored))...)
+		}
+	}
 	i, ok := c.index(r.Resource)
 	switch {
 	case !ok:
-		return fmt.Errorf("pool %s: stored address %s is outside of %s", c.cfg.Pool.Name, r.Resource, c.cfg.Pool.Prefix)
+		return fmt.Errorf("pool %s: stored address %s is outside of %s", name, r.Resource, c.cfg.Pool.Prefix)
 	case l.stored[i]:
-		return fmt.Errorf("pool %s: address %s is stored twice", c.cfg.Pool.Name, r.Resource)
+		return fmt.Errorf("pool %s: address %s is stored twice", name, r.Resource)
 	case r.Rev > c.cell.last:
-		return fmt.Errorf("pool %s: address %s was written at revision %d, the store ends at %d", c.cfg.Pool.Name, r.Resource, r.Rev, c.cell.last)
+		return fmt.Errorf("pool %s: address %s was written at revision %d, the store ends at %d", name, r.Resource, r.Rev, c.cell.last)
 	}
 	l.stored[i] = true
 	c.entries[i].Address = r
@@ -137,23 +170,53 @@ func (l *Loader) Put(r Address) error {
 // the clock of the machine went since.
 func (l *Loader) Core(now Now) *Core {
 	c := l.c
+	l.contradictions()
 	var sorted []int32
 	for i, stored := range l.stored {
-		if stored {
+		switch {
+		case stored:
 			sorted = append(sorted, int32(i))
-		} else {
+		case !c.entries[i].cut:
 			c.push(Free, int32(i))
+		default:
+			c.cut++
 		}
 	}
 	slices.SortFunc(sorted, func(a, b int32) int {
 		return cmp.Or(cmp.Compare(order(&c.entries[a].Address), order(&c.entries[b].Address)), cmp.Compare(a, b))
 	})
-	grace := max(c.cfg.Timers.T1Of(c.cfg.Timers.Valid), c.cfg.Timers.Grace)
+	grace := c.restartGrace()
 	for _, i := range sorted {
 		c.place(now, i, grace)
 	}
 	l.c = nil
 	return c
+}
+
+// restartGrace is how long nothing expires after a start.
+func (c *Core) restartGrace() time.Duration {
+	return max(c.cfg.Timers.T1Of(c.cfg.Timers.Valid), c.cfg.Timers.Grace)
+}
+
+// contradictions looks for addresses that are stored as leased whole and by port sets too: an operator decides.
+func (l *Loader) contradictions() {
+	c := l.c
+	for i := range c.entries {
+		e := &c.entries[i]
+		if !e.cut || !l.stored[i] {
+			continue
+		}
+		if e.State == Free { // from before it was cut
+			e.Address, l.stored[i] = Address{Resource: e.Resource}, false
+			continue
+		}
+		e.State, e.cut = Conflict, false
+		for j := range int32(1) << c.cfg.PSIDLen {
+			if l.stored[e.first+j] {
+				c.entries[e.first+j].State = Conflict
+			}
+		}
+	}
 }
 
 // order sorts revoking addresses by their revoke, as FenceTo takes them, and others by their last event.
@@ -186,12 +249,20 @@ func (c *Core) place(now Now, i int32, grace time.Duration) {
 	c.push(e.State, i)
 }
 
-// index returns the position of a whole address of the slice.
+// index returns the position of a resource of the slice; of port sets only those of an address that was cut.
 func (c *Core) index(r Resource) (int32, bool) {
-	if r.PSIDLen != 0 || !c.cfg.Pool.Prefix.Contains(r.Addr) {
+	if !c.cfg.Pool.Prefix.Contains(r.Addr) {
 		return 0, false
 	}
-	return int32(value(r.Addr) - value(c.cfg.Pool.Prefix.Addr())), true
+	i := int32(value(r.Addr) - value(c.cfg.Pool.Prefix.Addr()))
+	if r.PSIDLen == 0 {
+		return i, true
+	}
+	first := c.entries[i].first
+	if r.PSIDLen != c.cfg.PSIDLen || first == 0 {
+		return 0, false
+	}
+	return first + int32(r.PSID), true
 }
 
 func value(a netip.Addr) uint32 {
@@ -199,17 +270,42 @@ func value(a netip.Addr) uint32 {
 	return uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
 }
 
-// push appends the entry to the list of a state, in which it is from now on. Excluded addresses are in no FREE list.
+// list returns the list that an entry belongs to in its state, nil for none: nobody in particular may have an address that
+// is excluded, fixed or cut.
+func (c *Core) list(i int32) *queue {
+	e := &c.entries[i]
+	switch {
+	case e.State != Free:
+		return &c.lists[e.State]
+	case e.PSIDLen > 0 && c.entries[e.whole].cut:
+		return &c.sets
+	case e.PSIDLen > 0 || e.excluded || e.fixed != "" || e.cut:
+		return nil
+	}
+	return &c.lists[Free]
+}
+
+// push appends the entry to the list of a state, in which it is from now on.
 func (c *Core) push(s State, i int32) {
 	e := &c.entries[i]
 	e.State = s
 	if s == Revoking || s == Hold {
 		c.cell.leave(e.Host)
 	}
-	if s == Free && e.excluded {
+	c.link(i)
+	if s == Free && e.PSIDLen > 0 {
+		w := &c.entries[e.whole]
+		if w.free++; w.free == 1<<e.PSIDLen {
+			c.join(e.whole)
+		}
+	}
+}
+
+func (c *Core) link(i int32) {
+	e, l := &c.entries[i], c.list(i)
+	if l == nil {
 		return
 	}
-	l := &c.lists[s]
 	e.prev, e.next = l.tail, -1
 	if l.tail >= 0 {
 		c.entries[l.tail].next = i
@@ -217,7 +313,15 @@ func (c *Core) push(s State, i int32) {
 		l.head = i
 	}
 	l.tail = i
-	l.n++
+	l.count(e, 1)
+}
+
+func (l *queue) count(e *entry, by int) {
+	if e.PSIDLen > 0 {
+		l.sets += by
+	} else {
+		l.n += by
+	}
 }
 
 // pull takes the entry out of the list of its state and ends its timer.
@@ -227,10 +331,17 @@ func (c *Core) pull(i int32) {
 	if e.State == Revoking || e.State == Hold {
 		c.cell.left(e.Host)
 	}
-	if e.State == Free && e.excluded {
+	c.unlink(i)
+	if e.State == Free && e.PSIDLen > 0 {
+		c.entries[e.whole].free--
+	}
+}
+
+func (c *Core) unlink(i int32) {
+	e, l := &c.entries[i], c.list(i)
+	if l == nil {
 		return
 	}
-	l := &c.lists[e.State]
 	if e.prev >= 0 {
 		c.entries[e.prev].next = e.next
 	} else {
@@ -242,7 +353,53 @@ func (c *Core) pull(i int32) {
 		l.tail = e.prev
 	}
 	e.prev, e.next = -1, -1
-	l.n--
+	l.count(e, -1)
+}
+
+// portSet returns a free port set, cutting the address that was free longest when there is none.
+func (c *Core) portSet() (int32, bool) {
+	if i := c.sets.head; i >= 0 {
+		return i, true
+	}
+	i := c.lists[Free].head
+	if c.cfg.PSIDLen == 0 || i < 0 {
+		return 0, false
+	}
+	c.unlink(i)
+	c.entries[i].cut = true
+	c.cut++
+	first := c.portSets(i)
+	for j := range int32(1) << c.cfg.PSIDLen {
+		c.link(first + j)
+	}
+	c.entries[i].free = 1 << c.cfg.PSIDLen
+	return first, true
+}
+
+// portSets makes the entries of an address's port sets, once, and returns the first.
+func (c *Core) portSets(i int32) int32 {
+	if c.entries[i].first == 0 {
+		c.entries[i].first = int32(len(c.entries))
+		addr := c.entries[i].Addr
+		for psid := range 1 << c.cfg.PSIDLen {
+			c.entries = append(c.entries, entry{
+				Address: Address{Resource: Resource{Addr: addr, PSIDLen: c.cfg.PSIDLen, PSID: uint16(psid)}},
+				prev:    -1, next: -1, timer: -1, whole: i,
+			})
+		}
+	}
+	return c.entries[i].first
+}
+
+// join makes an address whole again whose port sets are all free.
+func (c *Core) join(i int32) {
+	first := c.entries[i].first
+	for j := range int32(1) << c.cfg.PSIDLen {
+		c.unlink(first + j)
+	}
+	c.entries[i].cut = false
+	c.cut--
+	c.link(i)
 }
 
 // timerHeap orders entries by the time at which their state ends.
@@ -312,6 +469,16 @@ func (c *Core) Contains(r Resource) bool {
 	return ok
 }
 
+// Knows reports whether a host has an address of its own here, or was the last to have one.
+func (c *Core) Knows(host string) bool {
+	_, fixed := c.fixed[host]
+	_, previous := c.previous[host]
+	return fixed || previous
+}
+
+// Waits reports whether an address is REVOKING, so that FenceTo could move it on.
+func (c *Core) Waits() bool { return c.lists[Revoking].head >= 0 }
+
 // Lookup returns one address with its last record, whatever its state.
 func (c *Core) Lookup(now time.Duration, r Resource) (Info, bool) {
 	i, ok := c.index(r)
@@ -342,7 +509,7 @@ func (c *Core) info(now time.Duration, i int32) Info {
 	return in
 }
 
-// All yields every address that is not FREE, in order.
+// All yields every address that is not FREE, in order, then every such port set.
 func (c *Core) All(now time.Duration) iter.Seq[Info] {
 	return func(yield func(Info) bool) {
 		for i := range c.entries {
@@ -369,8 +536,12 @@ func (c *Core) Bindings() iter.Seq[Binding] {
 func (c *Core) Stats() Stats {
 	s := Stats{
 		Free: c.lists[Free].n, Reserved: c.lists[Reserved].n, Bound: c.lists[Bound].n,
-		Revoking: c.lists[Revoking].n, Hold: c.lists[Hold].n, Conflict: c.lists[Conflict].n,
+		Revoking: c.lists[Revoking].n, Hold: c.lists[Hold].n, Conflict: c.lists[Conflict].n, Cut: c.cut,
+		SetsFree: c.sets.sets,
 	}
-	s.Size = s.Free + s.Reserved + s.Bound + s.Revoking + s.Hold + s.Conflict
+	s.Size = s.Free + s.Reserved + s.Bound + s.Revoking + s.Hold + s.Conflict + s.Cut
+	for i := range c.lists {
+		s.SetsUsed += c.lists[i].sets
+	}
 	return s
 }

@@ -116,6 +116,13 @@ type (
 		Applied Rev
 		Nacks   []Nack
 	}
+	// Upload asks for a gateway's table instead of answering its Hello.
+	Upload struct{}
+	// TableChunk is part of what a gateway's packet path holds.
+	TableChunk struct {
+		Last bool
+		Held []Binding
+	}
 	// Nack says which record a gateway could not take.
 	Nack struct {
 		Ref

@@ -10,6 +10,7 @@ import (
 	"github.com/dstm-project/dstm/internal/daemon"
 	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/lease"
+	"github.com/dstm-project/dstm/leasesvc/policy"
 )
 
 // Config is leasesvc.yaml; deploy/leasesvc.yaml explains every key.
@@ -24,6 +25,7 @@ type Config struct {
 	TEPs        []string         `yaml:"teps"`
 	Hosts       HostsConfig      `yaml:"hosts"`
 	Timers      TimersConfig     `yaml:"timers"`
+	Policy      policy.Config    `yaml:"policy"`
 	Audit       AuditConfig      `yaml:"audit"`
 	Admin       netip.AddrPort   `yaml:"admin"`
 	Log         daemon.LogConfig `yaml:"log"`
@@ -66,10 +68,24 @@ type PoolConfig struct {
 	Prefix     netip.Prefix `yaml:"prefix"`
 	TEPAddress netip.Addr   `yaml:"tep_address"`
 	Exclude    []netip.Addr `yaml:"exclude"`
+	// Reservations give identities an address of their own.
+	Reservations map[string]netip.Addr `yaml:"reservations"`
+	// PortSets k cuts an address into 1<<k port sets when addresses run short, for hosts that accept one; 0 = never.
+	PortSets uint8 `yaml:"port_sets"`
 }
+
+// Identity is how hosts are told apart.
+type Identity string
+
+// The identities.
+const (
+	IdentityCertificate Identity = "certificate" // by their certificate
+	IdentityAddress     Identity = "address"     // by the address they call from, in networks that enforce it
+)
 
 // HostsConfig says who may lease.
 type HostsConfig struct {
+	Identity Identity       `yaml:"identity"`
 	Prefixes []netip.Prefix `yaml:"prefixes"` // tunnel sources allowed
 	Same64   bool           `yaml:"same_64"`  // a source may differ from the caller's address inside its /64
 	Per64    int            `yaml:"per_64"`   // leases of one /64 together; 0 = no limit
@@ -100,7 +116,8 @@ func (c *Config) Defaults() {
 	c.Store.Copies = CopiesConfig{Every: 15 * time.Minute, Keep: 8}
 	c.Audit.Retention = 180 * 24 * time.Hour
 	c.Admin = netip.MustParseAddrPort("[::1]:9545")
-	c.Hosts.Per64 = 64
+	c.Hosts.Identity, c.Hosts.Per64 = IdentityCertificate, 64
+	c.Policy.Defaults()
 }
 
 // LoadConfig reads and checks the file at path.
@@ -138,6 +155,11 @@ func (c *Config) check(r *config.Report) {
 	c.checkTEPs(r)
 	c.checkHosts(r)
 	c.checkTimers(r)
+	var pools []string
+	for _, p := range c.Pools {
+		pools = append(pools, p.Name)
+	}
+	c.Policy.Check(r, "$.policy", pools)
 	if err := daemon.CheckAdmin(c.Admin); err != nil {
 		r.Errorf("$.admin", "%v", err)
 	}
@@ -216,6 +238,22 @@ func (c *Config) checkPrefix(r *config.Report, at string, p PoolConfig) bool {
 		}
 		seen[a] = true
 	}
+	owner := map[netip.Addr]string{}
+	for host, a := range p.Reservations {
+		path := at + ".reservations." + host
+		switch {
+		case !p.Prefix.Contains(a):
+			r.Errorf(path, "pool %q: address %s of %s is outside of %s", p.Name, a, host, p.Prefix)
+		case seen[a]:
+			r.Errorf(path, "pool %q: address %s of %s is excluded", p.Name, a, host)
+		case owner[a] != "":
+			r.Errorf(path, "pool %q: address %s is reserved for both %s and %s", p.Name, a, host, owner[a])
+		}
+		owner[a] = host
+	}
+	if p.PortSets > lease.MaxPSIDLen {
+		r.Errorf(at+".port_sets", "pool %q: port_sets %d: want 0 (whole addresses only) to %d, for 1<<port_sets hosts on one address", p.Name, p.PortSets, lease.MaxPSIDLen)
+	}
 	if len(seen) == 1<<(32-p.Prefix.Bits()) {
 		r.Errorf(at+".exclude", "pool %q: every address of %s is excluded, nothing is left to lease", p.Name, p.Prefix)
 	}
@@ -236,6 +274,18 @@ func (c *Config) checkTEPs(r *config.Report) {
 }
 
 func (c *Config) checkHosts(r *config.Report) {
+	switch c.Hosts.Identity {
+	case IdentityCertificate:
+	case IdentityAddress:
+		if c.Hosts.Per64 == 0 {
+			r.Errorf("$.hosts.per_64", "per_64 0 (no limit) with identity: address: a host has as many addresses as it likes; want 1 or more")
+		}
+		if c.ACME.Directory != "" {
+			r.Errorf("$.hosts.identity", "identity address with acme: not supported together; want certificate, or no acme")
+		}
+	default:
+		r.Errorf("$.hosts.identity", "identity %q: want certificate or address", c.Hosts.Identity)
+	}
 	if len(c.Hosts.Prefixes) == 0 {
 		r.Errorf("$.hosts.prefixes", "hosts.prefixes is empty: want the IPv6 prefixes that tunnels may come from")
 	}
@@ -272,8 +322,8 @@ func (c *Config) checkTimers(r *config.Report) {
 
 // fence says how long gateways may go on. With one gateway nobody could witness that it has stopped, so each answer lets it
 // go on for as long as it ever may.
-func (c *Config) fence() lease.FenceConfig {
-	f := lease.FenceConfig{FailStatic: c.Timers.FailStatic, Session: c.Timers.SessionLease}
+func (c *Config) fence(epoch lease.Epoch) lease.FenceConfig {
+	f := lease.FenceConfig{FailStatic: c.Timers.FailStatic, Session: c.Timers.SessionLease, Epoch: epoch}
 	if len(c.TEPs) == 1 {
 		f.Session = f.FailStatic
 	}

@@ -4,6 +4,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/dstm-project/dstm/leasesvc"
 )
@@ -11,6 +12,32 @@ import (
 func TestReferenceConfig(t *testing.T) {
 	if _, err := leasesvc.LoadConfig("../deploy/leasesvc.yaml"); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestReferencePolicy reads what the reference shows of policies in comments.
+func TestReferencePolicy(t *testing.T) {
+	b, err := os.ReadFile("../deploy/leasesvc.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	head, rest, _ := strings.Cut(string(b), "\npolicy:")
+	section, tail, found := strings.Cut(rest, "\nadmin:")
+	if !found {
+		t.Fatal("no section policy before admin")
+	}
+	section = strings.ReplaceAll(section, "\n  # ", "\n  ")
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	section = strings.Replace(section, "/usr/local/lib/dstm/policy-webhook", program, 1)
+	c, err := leasesvc.ParseConfig("leasesvc.yaml", []byte(head+"\npolicy:"+section+"\nadmin:"+tail))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p := c.Policy; len(p.Rules) != 1 || len(p.Plugins) != 1 || p.Quotas.Per64.Binds != 300 || p.Budget != 50*time.Millisecond {
+		t.Errorf("policy %+v", p)
 	}
 }
 
@@ -33,6 +60,8 @@ func TestConfigErrors(t *testing.T) {
 		{"no gateway", "teps: [tep1]", "teps: []", "teps is empty"},
 		{"timer order", "valid: 15m ", "valid: 1m ", "validity 1m0s is outside 2m0s..24h0m0s"},
 		{"bind wait", "bind_wait: 500ms", "bind_wait: 1m", "timer bind_wait 1m0s is outside 0s..5s"},
+		{"policy", "budget: 50ms", "budget: 1s", "budget 1s is outside 1ms..500ms"},
+		{"policy rule", "budget: 50ms", "rules: [{action: deny, pools: [x]}]", `rule 1: there is no pool "x"`},
 		{"admin", `admin: "[::1]:9545"`, `admin: "[2001:db8::1]:9545"`, "want a loopback address"},
 		{"store type", "type: bolt", "type: etc", `store type "etc": want bolt`},
 		{"copies too often", "every: 15m", "every: 1ms", "store.copies.every 1ms: want 0s (never) or at least 1s"},

@@ -2,6 +2,7 @@ package leasesvc
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -71,8 +72,9 @@ func (s *Server) serve(ctx context.Context, l net.Listener, ready func()) error 
 
 // caller is who calls, and from where.
 type caller struct {
-	id   tlsid.ID
-	addr netip.Addr
+	id        tlsid.ID
+	addr      netip.Addr
+	byAddress bool // there is no certificate: id is made of addr
 }
 
 type callerKey struct{}
@@ -89,7 +91,17 @@ func (s *Server) authorize(ctx context.Context, method string) (context.Context,
 	if !ok {
 		return nil, status.Errorf(codes.Unimplemented, "no service %q", service)
 	}
+	c := caller{addr: callerAddr(ctx)}
 	id, err := tlsid.PeerID(ctx)
+	if errors.Is(err, tlsid.ErrNoCert) && s.cfg.Hosts.Identity == IdentityAddress && want == tlsid.RoleHost {
+		own := s.d.TLS.ID()
+		id, err = tlsid.ID{TrustDomain: own.TrustDomain, Cell: own.Cell, Role: want, Name: addressIdentity(c.addr)}, nil
+		c.byAddress = true
+		if !s.inPrefixes(c.addr) {
+			s.m.refused.WithLabelValues("source").Inc()
+			return nil, deny(lease.ReasonBadSource, "call from %s without a certificate: want one, or an address in hosts.prefixes %v", c.addr, s.cfg.Hosts.Prefixes)
+		}
+	}
 	if err != nil {
 		s.m.refused.WithLabelValues("identity").Inc()
 		return nil, status.Error(codes.Unauthenticated, err.Error())
@@ -102,13 +114,26 @@ func (s *Server) authorize(ctx context.Context, method string) (context.Context,
 			Msg: fmt.Sprintf("%s calls %s: want role %q of cell %q", id, service, want, own.Cell),
 		})
 	}
-	c := caller{id: id}
-	if p, ok := peer.FromContext(ctx); ok {
-		if ap, err := netip.ParseAddrPort(p.Addr.String()); err == nil {
-			c.addr = ap.Addr().Unmap().WithZone("")
-		}
-	}
+	c.id = id
 	return context.WithValue(ctx, callerKey{}, c), nil
+}
+
+// callerAddr returns the address that a call comes from.
+func callerAddr(ctx context.Context) netip.Addr {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return netip.Addr{}
+	}
+	ap, err := netip.ParseAddrPort(p.Addr.String())
+	if err != nil {
+		return netip.Addr{}
+	}
+	return ap.Addr().Unmap().WithZone("")
+}
+
+// inPrefixes reports whether hosts.prefixes holds an address.
+func (s *Server) inPrefixes(a netip.Addr) bool {
+	return slices.ContainsFunc(s.cfg.Hosts.Prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
@@ -154,8 +179,7 @@ func undurable(err error) error {
 // checkSource says whether the caller may use a tunnel source: it calls from it (or from its /64, where that is allowed),
 // and it lies in the prefixes of hosts.
 func (s *Server) checkSource(c caller, source netip.Addr) error {
-	inside := slices.ContainsFunc(s.cfg.Hosts.Prefixes, func(p netip.Prefix) bool { return p.Contains(source) })
-	if !inside {
+	if !s.inPrefixes(source) {
 		s.m.refused.WithLabelValues("source").Inc()
 		return deny(lease.ReasonBadSource, "tunnel source %s is outside of hosts.prefixes %v", source, s.cfg.Hosts.Prefixes)
 	}

@@ -61,6 +61,9 @@ func (h *hosts) key(name string) uint64 { return maphash.String(h.seed, name) }
 
 // Attend implements the Hosts service.
 func (a hostsAPI) Attend(st leasev1.Hosts_AttendServer) error {
+	if err := a.s.complete(); err != nil {
+		return err
+	}
 	c := callerOf(st.Context())
 	first, err := st.Recv()
 	if err != nil {

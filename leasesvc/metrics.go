@@ -50,6 +50,8 @@ func newMetrics(r prometheus.Registerer) *metrics {
 			Name: ns + "_digest_mismatches_total", Help: "Heartbeats whose digest was not the service's.",
 		}),
 	}
+	// An alert looks for increases, and a series that begins above 0 has none.
+	m.binds.WithLabelValues(lease.ReasonPoolDry.String())
 	if r != nil {
 		r.MustRegister(m.binds, m.ended, m.hints, m.refused, m.commits, m.addresses, m.attended, m.teps, m.digests)
 	}
@@ -65,6 +67,7 @@ func (m *metrics) observe(cores []*lease.Core, attended int, teps []lease.TEPSta
 		} {
 			m.addresses.WithLabelValues(c.Pool().Name, s.String()).Set(float64(n))
 		}
+		m.addresses.WithLabelValues(c.Pool().Name, "CUT").Set(float64(st.Cut)) // leased by port sets
 	}
 	m.attended.Set(float64(attended))
 	var live, serving int

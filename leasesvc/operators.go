@@ -52,13 +52,17 @@ func (a operatorsAPI) Pools(context.Context, *leasev1.PoolsRequest) (*leasev1.Po
 	s := a.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	rep := &leasev1.PoolsReply{}
+	now := s.now().Mono
+	rep := &leasev1.PoolsReply{Hosts: uint32(s.hosts.attended())}
 	for _, c := range s.cores {
 		p, st := c.Pool(), c.Stats()
+		u := s.usage[c].report(now, st)
 		rep.Pools = append(rep.Pools, &leasev1.PoolInfo{
 			Name: p.Name, Prefix: wire.FromAddr4(p.Prefix.Addr()), Bits: uint32(p.Prefix.Bits()), Tep: wire.FromAddr6(p.TEP),
 			Size: uint32(st.Size), Bound: uint32(st.Bound), Revoking: uint32(st.Revoking), HeldDown: uint32(st.Hold),
-			Free: uint32(st.Free + st.Reserved),
+			Free: uint32(st.Free + st.Reserved), Peak: uint32(u.peak), PeakDay: uint32(u.peakDay),
+			WindowMs: wire.FromDuration(u.window), Binds: u.binds, Ends: u.ends, TakenMs: uint64(u.area.Milliseconds()),
+			DryMs: wire.FromDuration(u.dry), Cut: uint32(st.Cut), SetsFree: uint32(st.SetsFree), SetsUsed: uint32(st.SetsUsed),
 		})
 	}
 	return rep, nil
@@ -73,7 +77,7 @@ func (a operatorsAPI) ListTeps(context.Context, *leasev1.TepsRequest) (*leasev1.
 	for _, t := range s.fence.Status(s.now().Mono) {
 		rep.Teps = append(rep.Teps, &leasev1.TepInfo{
 			Id: t.TEP, Connected: t.Live, Serving: t.Serving, Session: t.Session, AckedRev: uint64(t.Acked),
-			HeadRev: uint64(t.Head), DeadlineLeftMs: wire.FromDuration(t.Deadline),
+			HeadRev: uint64(t.Head), DeadlineLeftMs: wire.FromDuration(t.Deadline), Fenced: t.Fenced,
 		})
 	}
 	return rep, nil

@@ -25,6 +25,7 @@ type Deps struct {
 	Store    store.Store
 	TLS      *tlsid.Source
 	Server   *tls.Config // of the listener; nil = TLS.Server()
+	Policy   Policy      // nil = every authenticated host may have a lease
 	Log      *slog.Logger
 	Registry prometheus.Registerer // nil = no metrics
 }
@@ -36,11 +37,13 @@ type Server struct {
 	m       *metrics
 	start   time.Time
 	cluster lease.ClusterID
+	secret  [32]byte // see proof
 
 	mu      sync.Mutex // everything below; held for steps, never while waiting
 	wall    time.Time  // newest wall time handed out
 	cell    *lease.Cell
 	cores   []*lease.Core // in the order of the configuration
+	usage   map[*lease.Core]*usage
 	fence   *lease.FenceSet
 	answers *lease.Answers[*answer]
 	pending *store.Pending // of the newest transaction
@@ -48,6 +51,8 @@ type Server struct {
 	dry     bool            // no pool has a free address
 	resync  map[string]bool // gateways whose table is in doubt: the next session brings a whole one
 	checked map[string]time.Duration
+	caps    map[string][]string // of the gateways
+	recover *recovery           // nil once the store is known to know every lease
 
 	backup sync.Mutex // held while one is sent
 
@@ -61,10 +66,14 @@ type Server struct {
 func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	if d.Server == nil {
 		d.Server = d.TLS.Server()
+		if cfg.Hosts.Identity == IdentityAddress {
+			d.Server = d.TLS.OpenServer()
+		}
 	}
 	s := &Server{
 		cfg: cfg, d: d, m: newMetrics(d.Registry), start: time.Now(), acked: newSignal(), wake: make(chan struct{}, 1),
-		fatal: make(chan error, 1), resync: map[string]bool{}, checked: map[string]time.Duration{},
+		fatal: make(chan error, 1), resync: map[string]bool{}, checked: map[string]time.Duration{}, caps: map[string][]string{},
+		usage:   map[*lease.Core]*usage{},
 		answers: lease.NewAnswers[*answer](2 * cfg.Timers.MaxValid), pending: store.Done(nil),
 	}
 	s.hosts.init()
@@ -72,15 +81,22 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.cluster, s.wall = st.Cluster, st.Wall
+	s.cluster, s.secret, s.wall = st.Cluster, st.Secret, st.Wall
 	now := s.now()
 	s.cell = lease.NewCell(st.Epoch, st.Last, cfg.Hosts.Per64)
 	if err := s.loadCores(ctx, now); err != nil {
 		return nil, err
 	}
-	s.fence = lease.NewFenceSet(cfg.fence(), now.Mono, st.Last, st.Members...)
+	members := st.Members
+	if st.Restored { // any gateway may have joined since the copy was made
+		members = withAll(members, cfg.TEPs)
+	}
+	s.fence = lease.NewFenceSet(cfg.fence(st.Epoch), now.Mono, st.Last, members...)
 	if err := s.commitPools(ctx, now, st.Pools); err != nil {
 		return nil, err
+	}
+	if st.Restored {
+		s.recover = s.newRecovery()
 	}
 	for _, t := range cfg.labTimes() {
 		d.Log.Warn("timer is shorter than production wants", "timer", t)
@@ -93,7 +109,8 @@ func (s *Server) loadCores(ctx context.Context, now lease.Now) error {
 	var loaders []*lease.Loader
 	for _, p := range s.cfg.Pools {
 		l, err := lease.NewLoader(lease.Config{
-			Pool: lease.Pool{Name: p.Name, Prefix: p.Prefix, TEP: p.TEPAddress}, Exclude: p.Exclude, Timers: s.cfg.leaseTimers(),
+			Pool: lease.Pool{Name: p.Name, Prefix: p.Prefix, TEP: p.TEPAddress}, Exclude: p.Exclude, Fixed: p.Reservations,
+			PSIDLen: p.PortSets, Timers: s.cfg.leaseTimers(),
 		}, s.cell)
 		if err != nil {
 			return err
@@ -115,7 +132,9 @@ func (s *Server) loadCores(ctx context.Context, now lease.Now) error {
 		return err
 	}
 	for _, l := range loaders {
-		s.cores = append(s.cores, l.Core(now))
+		c := l.Core(now)
+		s.cores = append(s.cores, c)
+		s.usage[c] = newUsage(now.Mono, c.Stats())
 	}
 	return nil
 }
@@ -157,6 +176,7 @@ func (s *Server) now() lease.Now {
 // step runs an event on a core and queues what must become durable. The caller holds mu.
 func (s *Server) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Actions, *store.Pending) {
 	acts := c.Step(now, ev)
+	s.usage[c].note(now.Mono, c.Stats(), acts)
 	if len(acts.Commits) == 0 {
 		return acts, s.pending
 	}
@@ -221,6 +241,9 @@ func (s *Server) sweepOnce() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := s.now()
+	if !s.recovered(now) {
+		return min(maxSweep, s.untilFenced(now))
+	}
 	mark := s.fence.Watermark(now.Mono)
 	next := now.Mono + maxSweep
 	for _, c := range s.cores {
@@ -258,6 +281,9 @@ func (s *Server) Tasks(l net.Listener) []daemon.Task {
 func (s *Server) Ready() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.recover != nil {
+		return errors.New(s.recover.sentence())
+	}
 	if len(s.fence.Serving(s.now().Mono)) == 0 {
 		return errors.New("no gateway serves")
 	}

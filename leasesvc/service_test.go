@@ -40,6 +40,7 @@ type world struct {
 	stop   func()
 	srv    *leasesvc.Server
 	store  *countingStore
+	wrap   func(store.Store) store.Store // of the next start
 }
 
 // countingStore counts transactions that hold events of addresses.
@@ -100,7 +101,10 @@ func (w *world) identity(role tlsid.Role, name string) *tlsid.Source {
 }
 
 // up starts the service over the store that is there.
-func (w *world) up() {
+func (w *world) up() { w.upWith(leasesvc.Deps{}) }
+
+// upWith is up with a policy or a registry.
+func (w *world) upWith(d leasesvc.Deps) {
 	w.t.Helper()
 	cfg, err := leasesvc.ParseConfig("test.yaml", []byte(w.config))
 	if err != nil {
@@ -111,11 +115,19 @@ func (w *world) up() {
 		w.t.Fatal(err)
 	}
 	w.store = &countingStore{Store: st}
-	w.srv, err = leasesvc.New(w.t.Context(), cfg, leasesvc.Deps{Store: w.store, TLS: w.identity(tlsid.RoleSvc, "lease1"), Log: slog.New(slog.DiscardHandler)})
+	if w.wrap != nil {
+		w.store.Store = w.wrap(st)
+	}
+	d.Store, d.TLS, d.Log = w.store, w.identity(tlsid.RoleSvc, "lease1"), slog.New(slog.DiscardHandler)
+	w.srv, err = leasesvc.New(w.t.Context(), cfg, d)
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	l, err := net.Listen("tcp", "[::1]:0")
+	at := "[::1]:0"
+	if w.addr.IsValid() {
+		at = w.addr.String() // clients of before find it again
+	}
+	l, err := net.Listen("tcp", at)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -179,6 +191,14 @@ func (w *world) gateway(name string) *gateway {
 
 func (g *gateway) connect() {
 	g.w.t.Helper()
+	if err := g.attempt(); err != nil {
+		g.w.t.Fatal(err)
+	}
+}
+
+// attempt opens a stream and returns once the table is in sync, or with what ended the stream before.
+func (g *gateway) attempt() error {
+	g.w.t.Helper()
 	c := g.w.client(tlsid.RoleTEP, g.name)
 	s, err := c.Sync(context.Background(), func() lease.Hello { return g.r.Hello(bootNS()) })
 	if err != nil {
@@ -192,10 +212,11 @@ func (g *gateway) connect() {
 	g.stop = func() { s.Close(); <-done; g.stop = func() {} }
 	select {
 	case <-synced:
+		return nil
 	case err := <-fail:
-		g.w.t.Fatal(err)
+		return err
 	case <-time.After(patience):
-		g.w.t.Fatal("gateway did not sync")
+		return errors.New("gateway did not sync")
 	}
 }
 
@@ -207,6 +228,15 @@ func (g *gateway) follow(s *leaseclient.Sync, synced chan struct{}) error {
 		}
 		var out replica.Out
 		switch m := m.(type) {
+		case lease.Upload:
+			c := lease.TableChunk{Last: true}
+			for _, b := range g.table {
+				c.Held = append(c.Held, b)
+			}
+			if err := s.Table(c); err != nil {
+				return err
+			}
+			continue
 		case lease.SessionReply:
 			out, err = g.r.Session(m, m.EchoBootNS)
 		case lease.SnapshotChunk:
@@ -343,6 +373,68 @@ func TestPoolOfOne(t *testing.T) {
 	}
 	if at, err := op.Who(ctx, l1.Addr, 0, who[1].Bound); err != nil || len(at) != 1 || at[0].HostID != "host1" {
 		t.Errorf("who at the first bind says %+v, %v, want host1 alone", at, err)
+	}
+}
+
+// TestMove: a host keeps its address when its tunnel source changes, under a new generation, and the gateway never has both
+// (L14). While a gateway that is cut off may still forward to the old source, the host gets another address.
+func TestMove(t *testing.T) {
+	w := newWorld(t, onePool)
+	w.stop()
+	w.config = strings.NewReplacer("::1/128", "::/64", "bind_wait: 5s", "bind_wait: 300ms").Replace(w.config)
+	w.up()
+	g1, g2 := w.gateway("tep1"), w.gateway("tep2")
+	h := w.client(tlsid.RoleHost, "host1")
+	l := bind(t, h)
+	move := func(source string) leaseclient.Lease {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		got, err := h.Bind(ctx, leaseclient.BindRequest{Source: netip.MustParseAddr(source), MTU: 1460})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	m := move("::2")
+	if m.Addr != l.Addr || m.Gen <= l.Gen || !m.Installed {
+		t.Fatalf("moved from %s to %+v: want the same address, installed, under a later generation", l.Ref, m)
+	}
+	for _, g := range []*gateway{g1, g2} {
+		if b := g.table[m.Resource]; b.Host != netip.MustParseAddr("::2") || b.Gen != m.Gen {
+			t.Errorf("%s holds %+v", g.name, b)
+		}
+	}
+	g2.stop()
+	if n := move("::3"); n.Addr == m.Addr {
+		t.Errorf("got %s although tep2 may still forward it to ::2", n.Ref)
+	}
+}
+
+// TestPortSets: a gateway that cannot forward for port sets keeps everybody from getting one.
+func TestPortSets(t *testing.T) {
+	w := newWorld(t, strings.Replace(oneAddress, "tep_address", "port_sets: 4, tep_address", 1))
+	g := w.gateway("tep1")
+	try := func(name string) (leaseclient.Lease, error) {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		return w.client(tlsid.RoleHost, name).Bind(ctx, leaseclient.BindRequest{Source: loopback, MTU: 1460, PortSet: true})
+	}
+	l, err := try("host0")
+	if err != nil || l.PSIDLen != 0 {
+		t.Fatalf("%+v, %v: want a whole address, the gateway knows nothing else", l, err)
+	}
+	release(t, w.client(tlsid.RoleHost, "host0"), l)
+	g.stop()
+	g.r = replica.New(replica.Config{TEP: "tep1", Instance: "tep1-2", Caps: []string{"port_sets"}})
+	g.connect()
+	eventually(t, "a port set is leased", func() bool {
+		l, err = try("host1")
+		return err == nil
+	})
+	l2, err := try("host2")
+	if err != nil || l.PSIDLen != 4 || l2.PSIDLen != 4 || l.Overlaps(l2.Resource) || g.table[l2.Resource].Gen != l2.Gen {
+		t.Errorf("leases %s and %s, %v: want two port sets that do not overlap, the second at the gateway", l.Ref, l2.Ref, err)
 	}
 }
 

@@ -55,6 +55,9 @@ func (a tepsAPI) Sync(st leasev1.Teps_SyncServer) error {
 	if err := s.checkTEP(callerOf(st.Context()), hello); err != nil {
 		return err
 	}
+	if s.recovering() {
+		return s.collect(st, hello)
+	}
 	ss := &session{s: s, st: st, tep: hello.TEP}
 	ctx, cancel := context.WithCancelCause(st.Context())
 	defer cancel(nil)
@@ -90,7 +93,7 @@ func (ss *session) open(ctx context.Context, h lease.Hello) (store.Watcher, erro
 	s.mu.Lock()
 	now := s.now()
 	m := s.fence.Hello(now.Mono, h.TEP, h.Instance, h.Question)
-	ss.number = m.Session
+	ss.number, s.caps[h.TEP] = m.Session, h.Caps
 	joined := s.d.Store.Commit(store.Tx{Members: []lease.Member{m}, Wall: now.Wall})
 	s.pending = joined
 	s.mu.Unlock()

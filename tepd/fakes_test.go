@@ -235,6 +235,7 @@ type fakeStream struct {
 	broken chan struct{}
 
 	mu    sync.Mutex
+	table []lease.TableChunk
 	acks  []lease.Ack
 	beats []lease.Heartbeat
 }
@@ -261,6 +262,13 @@ func (s *fakeStream) Ack(a lease.Ack) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.acks = append(s.acks, a)
+	return nil
+}
+
+func (s *fakeStream) Table(c lease.TableChunk) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.table = append(s.table, c)
 	return nil
 }
 

@@ -19,10 +19,11 @@ type Service interface {
 
 // Stream is one life of a gateway's connection. One goroutine receives, another sends.
 type Stream interface {
-	// Recv returns the next lease.SessionReply, lease.SnapshotChunk or lease.Batch.
+	// Recv returns the next lease.SessionReply, lease.SnapshotChunk, lease.Batch or lease.Upload.
 	Recv() (any, error)
 	Heartbeat(lease.Heartbeat) error
 	Ack(lease.Ack) error
+	Table(lease.TableChunk) error
 	Close()
 }
 
@@ -125,6 +126,9 @@ func (g *Gateway) session(ctx context.Context) error {
 
 // take hands one message to the replica and does what follows from it.
 func (g *Gateway) take(ctx context.Context, st Stream, msg any) error {
+	if _, ok := msg.(lease.Upload); ok {
+		return g.upload(ctx, st)
+	}
 	before := g.status()
 	out, err := g.with(ctx, func(r *replica.Replica) (replica.Out, error) {
 		switch m := msg.(type) {
@@ -151,6 +155,31 @@ func (g *Gateway) take(ctx context.Context, st Stream, msg any) error {
 		g.Log.Info("table synced", "rev", uint64(after.Applied), "bindings", after.Bindings)
 	}
 	return err
+}
+
+// tableChunk is how many bindings go into one message.
+const tableChunk = 512
+
+// upload tells the service what the packet path holds, whichever process put it there.
+func (g *Gateway) upload(ctx context.Context, st Stream) error {
+	es, err := g.Path.Entries(ctx)
+	if err != nil {
+		return fmt.Errorf("packet path: %w", err)
+	}
+	g.Log.Info("the lease service was restored from a copy and asks for the table", "bindings", len(es))
+	for {
+		n := min(len(es), tableChunk)
+		c := lease.TableChunk{Last: n == len(es)}
+		for _, e := range es[:n] {
+			c.Held = append(c.Held, e.Binding)
+		}
+		if err := st.Table(c); err != nil {
+			return err
+		}
+		if es = es[n:]; c.Last {
+			return nil
+		}
+	}
 }
 
 // do carries out what follows from a message. The order is what makes acknowledgements honest (I8) and deadlines safe (F7):

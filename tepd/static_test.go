@@ -146,3 +146,25 @@ func TestAsked(t *testing.T) {
 		w.end()
 	})
 }
+
+// TestUpload: a service that was restored from a copy is told what the packet path holds; nothing changes meanwhile.
+func TestUpload(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, testConfig)
+		w.start()
+		st := w.stream()
+		w.sync(st, 1, time.Minute)
+		_, deadline := w.path.has()
+		close(st.broken)
+		time.Sleep(time.Second)
+		st = w.stream()
+		w.send(st, lease.Upload{})
+		if len(st.table) != 1 || !st.table[0].Last || len(st.table[0].Held) != 1 || st.table[0].Held[0] != binding(1, 3) {
+			t.Errorf("table %+v, want the one binding", st.table)
+		}
+		if n, d := w.path.has(); n != 1 || d != deadline {
+			t.Errorf("the packet path holds %d entries until %d after the upload, want 1 until %d", n, d, deadline)
+		}
+		w.end()
+	})
+}

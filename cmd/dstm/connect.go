@@ -24,6 +24,8 @@ type operator interface {
 	Pools(ctx context.Context) ([]leaseclient.PoolInfo, error)
 	TEPs(ctx context.Context) ([]leaseclient.TEPInfo, error)
 	Revoke(ctx context.Context, ref lease.Ref) error
+	FenceTEP(ctx context.Context, id string) error
+	RemoveTEP(ctx context.Context, id string) error
 	archive
 }
 

@@ -119,56 +119,6 @@ func (a *app) revokeLease(ctx context.Context, op operator, addr, gen string) er
 	return err
 }
 
-func (a *app) poolCommand() *cobra.Command {
-	ls := a.remote(&cobra.Command{Use: "ls", Short: "List the pools and how full they are", Args: noArgs},
-		func(ctx context.Context, op operator, _ []string) error {
-			infos, err := op.Pools(ctx)
-			if err != nil {
-				return err
-			}
-			ps := views(infos, viewPool)
-			if a.json {
-				return a.printJSON("dstm.pool/1", struct {
-					Pools []poolView `json:"pools"`
-				}{ps})
-			}
-			rows := make([][]string, 0, len(ps))
-			for _, p := range ps {
-				rows = append(rows, []string{
-					p.Name, p.Prefix, p.TEP, fmt.Sprint(p.Size), fmt.Sprint(p.Bound), fmt.Sprint(p.Revoking),
-					fmt.Sprint(p.HeldDown), fmt.Sprint(p.Free),
-				})
-			}
-			return table(a.out, []string{"NAME", "PREFIX", "TEP", "SIZE", "BOUND", "REVOKING", "HELD DOWN", "FREE"}, rows)
-		})
-	return group("pool", "Look at pools", ls)
-}
-
-func (a *app) tepCommand() *cobra.Command {
-	ls := a.remote(&cobra.Command{Use: "ls", Short: "List the gateways as the lease service sees them", Args: noArgs},
-		func(ctx context.Context, op operator, _ []string) error {
-			infos, err := op.TEPs(ctx)
-			if err != nil {
-				return err
-			}
-			ts := views(infos, viewTEP)
-			if a.json {
-				return a.printJSON("dstm.tep/1", struct {
-					TEPs []tepView `json:"teps"`
-				}{ts})
-			}
-			rows := make([][]string, 0, len(ts))
-			for _, t := range ts {
-				rows = append(rows, []string{
-					t.ID, yesNo(t.Connected), yesNo(t.Serving), fmt.Sprint(t.Session), fmt.Sprintf("%d/%d", t.AckedRev, t.HeadRev),
-					left(time.Duration(t.DeadlineMS) * time.Millisecond),
-				})
-			}
-			return table(a.out, []string{"ID", "CONNECTED", "SERVING", "SESSION", "ACKED/HEAD", "DEADLINE"}, rows)
-		})
-	return group("tep", "Look at gateways", ls)
-}
-
 func yesNo(b bool) string {
 	if b {
 		return "yes"

@@ -37,6 +37,7 @@ type fake struct {
 	who     []leaseclient.Holding
 	config  Config
 	revoked lease.Ref
+	tep     string // what was done to which gateway
 	at      time.Time
 	asked   leaseclient.AuditRange
 	events  []leaseclient.AuditEvent
@@ -68,19 +69,28 @@ func (f *fake) Who(_ context.Context, _ netip.Addr, _ uint16, at time.Time) ([]l
 }
 
 func (f *fake) Pools(context.Context) ([]leaseclient.PoolInfo, error) {
-	p := lease.Pool{Name: "main", Prefix: netip.MustParsePrefix("198.51.100.0/24"), TEP: netip.MustParseAddr("2001:db8:a::1")}
-	return []leaseclient.PoolInfo{{Pool: p, Size: 254, Bound: 2, Revoking: 1, HeldDown: 3, Free: 248}}, f.err
+	return pools(), f.err
 }
 
 func (f *fake) TEPs(context.Context) ([]leaseclient.TEPInfo, error) {
 	return []leaseclient.TEPInfo{
 		{ID: "tep1", Connected: true, Serving: true, Session: 3, Acked: 42, Head: 42, DeadlineLeft: 4 * time.Hour},
-		{ID: "tep2", Session: 1, Acked: 7, Head: 42},
+		{ID: "tep2", Session: 1, Acked: 7, Head: 42, Fenced: "witness"},
 	}, f.err
 }
 
 func (f *fake) Revoke(_ context.Context, r lease.Ref) error {
 	f.revoked = r
+	return f.err
+}
+
+func (f *fake) FenceTEP(_ context.Context, id string) error {
+	f.tep = "fence " + id
+	return f.err
+}
+
+func (f *fake) RemoveTEP(_ context.Context, id string) error {
+	f.tep = "remove " + id
 	return f.err
 }
 
@@ -155,7 +165,11 @@ func TestRemote(t *testing.T) {
 		{"lease-revoke", "dstm.revoke/1", []string{"lease", "revoke", "198.51.100.1", "--gen", "1.42"}},
 		{"who", "dstm.who/1", []string{"who", "198.51.100.1:443"}},
 		{"pool-ls", "dstm.pool/1", []string{"pool", "ls"}},
+		{"pool-advise", "dstm.advice/1", []string{"pool", "advise", "--hosts", "100000", "--use", "60s/1h", "--tail", "2m", "--port-sets", "4"}},
+		{"pool-measured", "dstm.advice/1", []string{"pool", "advise", "--measured", "busy", "--hosts", "1000"}},
 		{"tep-ls", "dstm.tep/1", []string{"tep", "ls"}},
+		{"tep-fence", "dstm.tep/1", []string{"tep", "fence", "tep2", "--is-off"}},
+		{"tep-remove", "dstm.tep/1", []string{"tep", "remove", "tep2"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			args := append(tt.args, "--server", "[2001:db8:2::10]:3545")
@@ -195,6 +209,7 @@ func TestArguments(t *testing.T) {
 		{"IPv6", append(server, "who", "2001:db8::1"), `"2001:db8::1" is not an IPv4 address`},
 		{"generation", append(server, "lease", "revoke", "198.51.100.1", "--gen", "42"), `--gen "42" is not EPOCH.REVISION, for example 1.42`},
 		{"time", append(server, "who", "198.51.100.1", "--at", "soon"), `--at "soon": want 2026-01-02T15:04:05Z, 15:04:05 (today, UTC) or a duration ago such as 90m`},
+		{"fence without a word", append(server, "tep", "fence", "tep2"), "--is-off is missing"},
 		{"admin", []string{"status", "--admin", "9546"}, `--admin "9546" is not ADDRESS:PORT, for example [::1]:9546`},
 		{"no file", []string{"status", "--config", "nowhere.yaml"}, "nowhere.yaml"},
 	} {
@@ -231,6 +246,11 @@ func TestWhat(t *testing.T) {
 	f := &fake{}
 	if _, err := dstm(t, f, append(server, "lease", "revoke", "198.51.100.1", "--gen", "1.42")...); err != nil {
 		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"tep", "fence", "tep2", "--is-off"}, {"tep", "remove", "tep2"}} {
+		if _, err := dstm(t, f, append(server, args...)...); err != nil || f.tep != args[1]+" tep2" {
+			t.Errorf("%v did %q, %v", args, f.tep, err)
+		}
 	}
 	if want := ref("198.51.100.1", lease.MakeGen(1, 42)); f.revoked != want {
 		t.Errorf("revoked %s, want %s", f.revoked, want)

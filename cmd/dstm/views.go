@@ -39,16 +39,6 @@ type (
 		Fenced  time.Time `json:"fenced,omitzero"`
 		End     string    `json:"end,omitempty"`
 	}
-	poolView struct {
-		Name     string `json:"name"`
-		Prefix   string `json:"prefix"`
-		TEP      string `json:"tep"`
-		Size     uint32 `json:"size"`
-		Bound    uint32 `json:"bound"`
-		Revoking uint32 `json:"revoking"`
-		HeldDown uint32 `json:"held_down"`
-		Free     uint32 `json:"free"`
-	}
 	tepView struct {
 		ID         string `json:"id"`
 		Connected  bool   `json:"connected"`
@@ -57,6 +47,7 @@ type (
 		AckedRev   uint64 `json:"acked_rev"`
 		HeadRev    uint64 `json:"head_rev"`
 		DeadlineMS int64  `json:"deadline_left_ms"`
+		Fenced     string `json:"fenced,omitempty"`
 	}
 )
 
@@ -94,17 +85,10 @@ func (p portSet) resource() string {
 	return fmt.Sprintf("%s#%d/%d", p.Addr, *p.PSID, p.PSIDLen)
 }
 
-func viewPool(p leaseclient.PoolInfo) poolView {
-	return poolView{
-		Name: p.Name, Prefix: p.Prefix.String(), TEP: addrText(p.TEP), Size: p.Size, Bound: p.Bound, Revoking: p.Revoking,
-		HeldDown: p.HeldDown, Free: p.Free,
-	}
-}
-
 func viewTEP(t leaseclient.TEPInfo) tepView {
 	return tepView{
 		ID: t.ID, Connected: t.Connected, Serving: t.Serving, Session: t.Session, AckedRev: uint64(t.Acked),
-		HeadRev: uint64(t.Head), DeadlineMS: t.DeadlineLeft.Milliseconds(),
+		HeadRev: uint64(t.Head), DeadlineMS: t.DeadlineLeft.Milliseconds(), Fenced: t.Fenced,
 	}
 }
 

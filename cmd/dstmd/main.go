@@ -70,14 +70,27 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) error {
 	return serve(ctx, cfg, net, log)
 }
 
-// serve runs the agent until a signal ends it.
-func serve(ctx context.Context, cfg *hostd.Config, net *netcfg.Config, log *slog.Logger) error {
-	id, err := tlsid.Open(cfg.LeaseService.TLS, tlsid.RoleHost, log)
+// identity opens the host's certificate, if it has one.
+func identity(cfg *hostd.Config, log *slog.Logger) (*tlsid.Source, error) {
+	files := cfg.LeaseService.TLS
+	if files.Cert == "" {
+		return tlsid.OpenAnonymous(files.CA, cfg.Cell, log)
+	}
+	id, err := tlsid.Open(files, tlsid.RoleHost, log)
 	if err != nil {
-		return daemon.Usage(err)
+		return nil, err
 	}
 	if cell := id.ID().Cell; cell != cfg.Cell {
-		return daemon.Usage(fmt.Errorf("certificate %s is of cell %q, the configuration of cell %q", cfg.LeaseService.TLS.Cert, cell, cfg.Cell))
+		return nil, fmt.Errorf("certificate %s is of cell %q, the configuration of cell %q", files.Cert, cell, cfg.Cell)
+	}
+	return id, nil
+}
+
+// serve runs the agent until a signal ends it.
+func serve(ctx context.Context, cfg *hostd.Config, net *netcfg.Config, log *slog.Logger) error {
+	id, err := identity(cfg, log)
+	if err != nil {
+		return daemon.Usage(err)
 	}
 	conn, err := leaseclient.New(leaseclient.Options{
 		Servers: cfg.LeaseService.Servers, TLS: id.Client(cfg.LeaseService.Name),

@@ -15,6 +15,8 @@ import (
 	"github.com/dstm-project/dstm/internal/daemon"
 	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/leasesvc"
+	"github.com/dstm-project/dstm/leasesvc/policy"
+	"github.com/dstm-project/dstm/leasesvc/policy/external"
 	"github.com/dstm-project/dstm/leasesvc/store/boltstore"
 )
 
@@ -70,8 +72,9 @@ func serve(ctx context.Context, cfg *leasesvc.Config, log *slog.Logger) error {
 	}
 	defer st.Close()
 	registry := daemon.NewRegistry()
-	deps := leasesvc.Deps{Store: st, TLS: id, Log: log, Registry: registry}
-	var tasks []daemon.Task
+	rules := policy.New(cfg.Policy, policy.Deps{Start: external.Starter(cfg.Policy.Dir, log), Log: log, Registry: registry})
+	deps := leasesvc.Deps{Store: st, TLS: id, Policy: rules, Log: log, Registry: registry}
+	tasks := []daemon.Task{daemon.NewTask("policy", rules.Run)}
 	if c := cfg.Store.Copies; c.Every > 0 {
 		copies := &boltstore.Copies{Store: st, Dir: cfg.CopiesDir(), Every: c.Every, Keep: c.Keep, Log: log}
 		copies.Register(registry)

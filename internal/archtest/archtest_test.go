@@ -74,7 +74,7 @@ var adapters = []string{
 }
 
 // stdlibOnly packages import nothing but the standard library and each other.
-var stdlibOnly = []string{"lease", "lease/replica", "dataplane/packet"}
+var stdlibOnly = []string{"lease", "lease/replica", "dataplane/packet", "internal/engset"}
 
 // seams import nothing of ours above the plumbing.
 var seams = []string{"bgp", "dataplane", "leasesvc/store"}

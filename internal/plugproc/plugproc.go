@@ -1,6 +1,6 @@
-// Package plugproc runs a plugin in a process of its own that outlives the one that started it: who comes next takes it
-// over. It is the only importer of hashicorp/go-plugin, which gives the handshake and the connection; what go-plugin leaves
-// open for such a process is here:
+// Package plugproc runs plugins in processes of their own. It is the only importer of hashicorp/go-plugin, which gives the
+// handshake and the connection. There are two kinds of process: a Child ends with the one that started it (see StartChild),
+// and a Process outlives it, so that who comes next takes it over. What go-plugin leaves open for the latter is here:
 //
 //   - the record that finds the process again says which process it is (start time, digest of the program), since a number
 //     alone may have been given to another one;
@@ -117,16 +117,13 @@ func (c *Config) Start() (*Process, error) {
 		return nil, err
 	}
 	defer log.Close()
-	cmd := &exec.Cmd{
-		// The file that was hashed, whatever lies at its path by now.
-		Path:        fmt.Sprintf("/proc/self/fd/%d", program.Fd()),
-		Args:        append([]string{c.Program}, c.Args...),
-		Env:         []string{plugin.EnvUnixSocketDir + "=" + c.socketDir()},
-		Dir:         "/",
-		ExtraFiles:  []*os.File{log}, // descriptor 3, see Serve
-		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
-	}
-	p := &Process{conf: c, client: c.newClient(&plugin.ClientConfig{Cmd: cmd, SkipHostEnv: true, StartTimeout: startTimeout})}
+	cmd := c.command(program, log) // descriptor 3, see Serve
+	cmd.Env = []string{plugin.EnvUnixSocketDir + "=" + c.socketDir()}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	p := &Process{conf: c, client: c.newClient(&plugin.ClientConfig{
+		Cmd: cmd, SkipHostEnv: true, StartTimeout: startTimeout,
+		GRPCDialOptions: []grpc.DialOption{grpc.WithTransportCredentials(sameUser{})},
+	})}
 	if err := p.connect(); err != nil {
 		p.client.Kill()
 		return nil, fmt.Errorf("start %s: %w%s", c.Program, err, c.lastWords())
@@ -156,9 +153,12 @@ func (c *Config) Reattach() (*Process, error) {
 		return nil, err
 	}
 	p := &Process{conf: c, rec: rec}
-	p.client = c.newClient(&plugin.ClientConfig{Reattach: &plugin.ReattachConfig{
-		Protocol: plugin.ProtocolGRPC, ProtocolVersion: int(rec.Protocol), Addr: rec.addr(), Pid: rec.PID,
-	}})
+	p.client = c.newClient(&plugin.ClientConfig{
+		Reattach: &plugin.ReattachConfig{
+			Protocol: plugin.ProtocolGRPC, ProtocolVersion: int(rec.Protocol), Addr: rec.addr(), Pid: rec.PID,
+		},
+		GRPCDialOptions: []grpc.DialOption{grpc.WithTransportCredentials(sameUser{})},
+	})
 	if err := p.connect(); err != nil {
 		return nil, fmt.Errorf("take over process %d: %w", rec.PID, err)
 	}
@@ -190,25 +190,40 @@ func (c *Config) newClient(cc *plugin.ClientConfig) *plugin.Client {
 	cc.Plugins = plugin.PluginSet{c.Name: &service{}}
 	cc.AllowedProtocols = []plugin.Protocol{plugin.ProtocolGRPC}
 	cc.Logger = hclog.NewNullLogger() // what matters comes back as an error
-	cc.GRPCDialOptions = []grpc.DialOption{
-		grpc.WithTransportCredentials(sameUser{}),
-		// go-plugin's first call has no deadline of its own: this bounds it when the process hangs.
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: answerTimeout}),
-	}
+	// go-plugin's first call has no deadline of its own: this bounds it when the process hangs.
+	cc.GRPCDialOptions = append(cc.GRPCDialOptions,
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: answerTimeout}))
 	return plugin.NewClient(cc)
 }
 
-func (p *Process) connect() error {
-	proto, err := p.client.Client()
-	if err != nil {
-		return err
+// command makes a command of an open program: the file that was hashed, whatever lies at its path by now. The process finds
+// extra at its descriptors 3 and up, and the program behind them. By its number here it could not be found: that number may
+// be one that extra gets in the process.
+func (c *Config) command(program *os.File, extra ...*os.File) *exec.Cmd {
+	return &exec.Cmd{
+		Path:       fmt.Sprintf("/proc/self/fd/%d", 3+len(extra)),
+		Args:       append([]string{c.Program}, c.Args...),
+		Dir:        "/",
+		ExtraFiles: append(extra, program),
 	}
-	conn, err := proto.Dispense(p.conf.Name)
+}
+
+// dispense returns the connection to the plugin of a client, which starts if it has not.
+func (c *Config) dispense(client *plugin.Client) (*grpc.ClientConn, error) {
+	proto, err := client.Client()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	p.conn = conn.(*grpc.ClientConn)
-	return nil
+	conn, err := proto.Dispense(c.Name)
+	if err != nil {
+		return nil, err
+	}
+	return conn.(*grpc.ClientConn), nil
+}
+
+func (p *Process) connect() (err error) {
+	p.conn, err = p.conf.dispense(p.client)
+	return err
 }
 
 // prepareDir makes the socket's directory and empties it: what lies there belongs to a process that has ended.

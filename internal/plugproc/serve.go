@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"sync/atomic"
@@ -59,8 +60,39 @@ func (l *LogFile) Write(b []byte) (int, error) {
 	return l.f.Write(b)
 }
 
-// Serve offers the service until ctx ends. It calls the program's own Log first.
+// errEnded means that nobody called for the end.
+var errEnded = errors.New("the plugin server ended by itself")
+
+// Serve offers the service of a Process until ctx ends. It calls the program's own Log first.
 func (k Kind) Serve(ctx context.Context, register func(*grpc.Server), opts ...grpc.ServerOption) error {
+	return k.serve(ctx, register, append(opts, grpc.Creds(sameUser{}))...)
+}
+
+// ServeChild offers the service of a Child until ctx ends or who started it has gone or calls for the end.
+func (k Kind) ServeChild(ctx context.Context, register func(*grpc.Server)) error {
+	if os.Getenv(k.Cookie) != k.Name {
+		return ErrByHand
+	}
+	if os.Getenv("PLUGIN_CLIENT_CERT") == "" {
+		return errors.New("the daemon gave no certificate: want AutoMTLS")
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var st unix.Stat_t
+	if err := unix.Fstat(0, &st); err == nil && st.Mode&unix.S_IFMT == unix.S_IFIFO {
+		// Nothing is ever written to it; it ends with the other process, however that ends.
+		go func() {
+			_, _ = io.Copy(io.Discard, os.Stdin)
+			cancel()
+		}()
+	}
+	if err := k.serve(ctx, register); !errors.Is(err, errEnded) {
+		return err
+	}
+	return nil
+}
+
+func (k Kind) serve(ctx context.Context, register func(*grpc.Server), opts ...grpc.ServerOption) error {
 	if os.Getenv(k.Cookie) != k.Name {
 		return ErrByHand
 	}
@@ -73,7 +105,7 @@ func (k Kind) Serve(ctx context.Context, register func(*grpc.Server), opts ...gr
 			Plugins:         plugin.PluginSet{k.Name: &service{register: register}},
 			Logger:          hclog.New(&hclog.LoggerOptions{Level: hclog.Warn, Output: os.NewFile(2, "stderr")}),
 			GRPCServer: func(o []grpc.ServerOption) *grpc.Server {
-				s := grpc.NewServer(append(append(o, opts...), grpc.Creds(sameUser{}))...)
+				s := grpc.NewServer(append(o, opts...)...)
 				server.Store(s)
 				return s
 			},
@@ -81,7 +113,7 @@ func (k Kind) Serve(ctx context.Context, register func(*grpc.Server), opts ...gr
 	}()
 	select {
 	case <-ended:
-		return errors.New("the plugin server ended by itself")
+		return errEnded
 	case <-ctx.Done():
 	}
 	if s := server.Load(); s != nil {

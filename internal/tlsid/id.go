@@ -104,6 +104,9 @@ func FromCert(c *x509.Certificate) (ID, error) {
 	return ID{}, fmt.Errorf("certificate has %d identities (%s, %s, ...): want one", len(found), found[0], found[1])
 }
 
+// ErrNoCert means that the caller showed no certificate.
+var ErrNoCert = errors.New("call has no verified client certificate")
+
 // PeerID returns the verified identity of the caller of a gRPC method.
 func PeerID(ctx context.Context) (ID, error) {
 	p, ok := peer.FromContext(ctx)
@@ -112,7 +115,7 @@ func PeerID(ctx context.Context) (ID, error) {
 	}
 	info, ok := p.AuthInfo.(credentials.TLSInfo)
 	if !ok || len(info.State.VerifiedChains) == 0 {
-		return ID{}, errors.New("call has no verified client certificate")
+		return ID{}, ErrNoCert
 	}
 	return FromCert(info.State.VerifiedChains[0][0])
 }

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// Files names the PEM files of one identity. All three are required.
+// Files names the PEM files of one identity. All three are required, but of a caller without a certificate only CA is.
 type Files struct {
 	Cert string `yaml:"cert"`
 	Key  string `yaml:"key"`
@@ -24,6 +24,7 @@ type Files struct {
 type Source struct {
 	files Files
 	want  Role
+	cell  string // of a caller without a certificate
 	log   *slog.Logger
 	now   func() time.Time
 	cur   atomic.Pointer[material]
@@ -47,7 +48,21 @@ func Open(f Files, want Role, log *slog.Logger) (*Source, error) {
 	return s, nil
 }
 
+// OpenAnonymous is Open for a caller of a cell that has no certificate and is known by its address.
+func OpenAnonymous(ca, cell string, log *slog.Logger) (*Source, error) {
+	s := &Source{files: Files{CA: ca}, cell: cell, log: log, now: time.Now}
+	m, err := s.load()
+	if err != nil {
+		return nil, err
+	}
+	s.cur.Store(m)
+	return s, nil
+}
+
 func (s *Source) load() (*material, error) {
+	if s.cell != "" {
+		return s.loadAnonymous()
+	}
 	var m material
 	for i, path := range []string{s.files.Cert, s.files.Key, s.files.CA} {
 		if path == "" {
@@ -64,14 +79,31 @@ func (s *Source) load() (*material, error) {
 		return nil, fmt.Errorf("tls: certificate %s with key %s: %w", s.files.Cert, s.files.Key, err)
 	}
 	m.cert = cert
-	m.roots = x509.NewCertPool()
-	if !m.roots.AppendCertsFromPEM(m.pem[2]) {
-		return nil, fmt.Errorf("tls: ca %s: no certificate in it: want PEM with the CA that signs hosts, gateways and the lease service", s.files.CA)
+	if m.roots, err = s.parseRoots(m.pem[2]); err != nil {
+		return nil, err
 	}
 	if m.id, err = s.checkLeaf(cert.Leaf); err != nil {
 		return nil, fmt.Errorf("tls: certificate %s: %w", s.files.Cert, err)
 	}
 	return &m, nil
+}
+
+func (s *Source) loadAnonymous() (*material, error) {
+	m := material{id: ID{Cell: s.cell}}
+	var err error
+	if m.pem[2], err = os.ReadFile(s.files.CA); err != nil {
+		return nil, fmt.Errorf("tls: %w", err)
+	}
+	m.roots, err = s.parseRoots(m.pem[2])
+	return &m, err
+}
+
+func (s *Source) parseRoots(pem []byte) (*x509.CertPool, error) {
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("tls: ca %s: no certificate in it: want PEM with the CA that signs hosts, gateways and the lease service", s.files.CA)
+	}
+	return roots, nil
 }
 
 func (s *Source) checkLeaf(leaf *x509.Certificate) (ID, error) {
@@ -96,7 +128,13 @@ func (s *Source) checkLeaf(leaf *x509.Certificate) (ID, error) {
 func (s *Source) ID() ID { return s.cur.Load().id }
 
 // Server returns the configuration of a listener: TLS 1.3, a client certificate of this CA required.
-func (s *Source) Server() *tls.Config {
+func (s *Source) Server() *tls.Config { return s.server(tls.RequireAndVerifyClientCert) }
+
+// OpenServer is Server for a service that also takes callers without a certificate. One that is shown must still be of this
+// CA.
+func (s *Source) OpenServer() *tls.Config { return s.server(tls.VerifyClientCertIfGiven) }
+
+func (s *Source) server(auth tls.ClientAuthType) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
 		NextProtos: []string{"h2"},
@@ -107,7 +145,7 @@ func (s *Source) Server() *tls.Config {
 				MinVersion:   tls.VersionTLS13,
 				NextProtos:   []string{"h2"},
 				Certificates: []tls.Certificate{m.cert},
-				ClientAuth:   tls.RequireAndVerifyClientCert,
+				ClientAuth:   auth,
 				ClientCAs:    m.roots,
 			}, nil
 		},
@@ -157,7 +195,7 @@ func (s *Source) verifyServer(cs tls.ConnectionState, name string) error {
 		return nil
 	case err != nil:
 		return fmt.Errorf("tls: server certificate for %q: %w", name, err)
-	case id.Role != RoleSvc || id.Cell != m.id.Cell || id.TrustDomain != m.id.TrustDomain:
+	case id.Role != RoleSvc || id.Cell != m.id.Cell || m.id.TrustDomain != "" && id.TrustDomain != m.id.TrustDomain:
 		return fmt.Errorf("tls: server is %s: want role svc of cell %q in trust domain %q", id, m.id.Cell, m.id.TrustDomain)
 	}
 	return nil

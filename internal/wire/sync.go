@@ -34,7 +34,7 @@ func epoch(v uint32) (lease.Epoch, error) {
 	return lease.Epoch(v), nil
 }
 
-// SyncUp decodes a message of a gateway: a lease.Hello, lease.Heartbeat or lease.Ack.
+// SyncUp decodes a message of a gateway: a lease.Hello, lease.Heartbeat, lease.Ack or lease.TableChunk.
 func SyncUp(m *leasev1.SyncUp) (any, error) {
 	switch k := m.GetM().(type) {
 	case *leasev1.SyncUp_Hello:
@@ -47,6 +47,16 @@ func SyncUp(m *leasev1.SyncUp) (any, error) {
 		}, nil
 	case *leasev1.SyncUp_Ack:
 		return ack(k.Ack)
+	case *leasev1.SyncUp_Table:
+		c := lease.TableChunk{Last: k.Table.GetLast()}
+		for _, m := range k.Table.GetHeld() {
+			b, err := Binding("table.held", m)
+			if err != nil {
+				return nil, err
+			}
+			c.Held = append(c.Held, b)
+		}
+		return c, nil
 	}
 	return nil, fmt.Errorf("sync: message of an unknown kind")
 }
@@ -116,7 +126,21 @@ func FromAck(a lease.Ack) *leasev1.SyncUp {
 	return &leasev1.SyncUp{M: &leasev1.SyncUp_Ack{Ack: m}}
 }
 
-// SyncDown decodes a message of the service: a lease.SessionReply, lease.SnapshotChunk or lease.Batch.
+// FromTableChunk encodes a part of a gateway's table.
+func FromTableChunk(c lease.TableChunk) *leasev1.SyncUp {
+	m := &leasev1.TableChunk{Last: c.Last}
+	for _, b := range c.Held {
+		m.Held = append(m.Held, FromBinding(b))
+	}
+	return &leasev1.SyncUp{M: &leasev1.SyncUp_Table{Table: m}}
+}
+
+// FromUpload encodes the question for a table.
+func FromUpload() *leasev1.SyncDown {
+	return &leasev1.SyncDown{M: &leasev1.SyncDown_Upload{Upload: &leasev1.UploadTable{}}}
+}
+
+// SyncDown decodes a message of the service: a lease.SessionReply, lease.SnapshotChunk, lease.Batch or lease.Upload.
 func SyncDown(m *leasev1.SyncDown) (any, error) {
 	switch k := m.GetM().(type) {
 	case *leasev1.SyncDown_Session:
@@ -138,6 +162,8 @@ func SyncDown(m *leasev1.SyncDown) (any, error) {
 		return lease.Batch{
 			Session: k.Batch.GetSession(), From: lease.Rev(k.Batch.GetRevFrom()), To: lease.Rev(k.Batch.GetRevTo()), Records: recs,
 		}, nil
+	case *leasev1.SyncDown_Upload:
+		return lease.Upload{}, nil
 	}
 	return nil, fmt.Errorf("sync: message of an unknown kind")
 }

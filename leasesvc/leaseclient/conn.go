@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/resolver/manual"
 
+	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
 	"github.com/dstm-project/dstm/internal/wire"
 	"github.com/dstm-project/dstm/lease"
 )
@@ -56,6 +57,8 @@ type Conn struct {
 	o  Options
 	mu sync.Mutex
 	cc *grpc.ClientConn
+	// held are the newest leases that came with a secret, the newest first, for calls that must show it.
+	held []*leasev1.Held
 }
 
 // New returns a Conn. It connects with the first call.

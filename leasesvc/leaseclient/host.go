@@ -5,10 +5,12 @@ import (
 	"crypto/rand"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
 	"github.com/dstm-project/dstm/internal/wire"
@@ -33,14 +35,16 @@ type BindRequest struct {
 	Valid   time.Duration
 	Trigger lease.Trigger
 	MTU     uint16 // the host's tunnel MTU in inner bytes; 0 = not known
+	PortSet bool   // the host can do with a port set
 }
 
 // Bind leases an address, or renews the lease that the caller has from this source.
 func (c *Conn) Bind(ctx context.Context, r BindRequest) (Lease, error) {
 	m := &leasev1.BindRequest{
 		RequestId: requestID(), TunnelSource: wire.FromAddr6(r.Source), HintId: r.Hint,
-		ValidMs: wire.FromDuration(r.Valid), Trigger: leasev1.Trigger(r.Trigger), Mtu: uint32(r.MTU),
+		ValidMs: wire.FromDuration(r.Valid), Trigger: leasev1.Trigger(r.Trigger), Mtu: uint32(r.MTU), AcceptsPortset: r.PortSet,
 	}
+	m.Held = c.proof()
 	if r.Want.IsValid() {
 		m.Want = wire.FromResource(lease.Whole(r.Want))
 	}
@@ -50,6 +54,7 @@ func (c *Conn) Bind(ctx context.Context, r BindRequest) (Lease, error) {
 	if err != nil {
 		return Lease{}, fmt.Errorf("bind: %w", err)
 	}
+	c.remember(rep)
 	return fromLease(rep)
 }
 
@@ -65,7 +70,7 @@ type RenewRequest struct {
 func (c *Conn) Renew(ctx context.Context, r RenewRequest) (Lease, error) {
 	m := &leasev1.RenewRequest{
 		RequestId: requestID(), Lease: wire.FromRef(r.Ref), ValidMs: wire.FromDuration(r.Valid),
-		TunnelSource: wire.FromAddr6(r.Source), Mtu: uint32(r.MTU),
+		TunnelSource: wire.FromAddr6(r.Source), Mtu: uint32(r.MTU), Secret: c.secret(r.Ref),
 	}
 	rep, err := call(ctx, c, func(ctx context.Context, cc *grpc.ClientConn, m *leasev1.RenewRequest) (*leasev1.Lease, error) {
 		return leasev1.NewHostsClient(cc).Renew(ctx, m)
@@ -73,17 +78,57 @@ func (c *Conn) Renew(ctx context.Context, r RenewRequest) (Lease, error) {
 	if err != nil {
 		return Lease{}, fmt.Errorf("renew: %w", err)
 	}
+	c.remember(rep)
 	return fromLease(rep)
 }
 
 // Release gives a lease back. It succeeds when the lease is gone already.
 func (c *Conn) Release(ctx context.Context, ref lease.Ref, why lease.Reason) error {
-	m := &leasev1.ReleaseRequest{RequestId: requestID(), Lease: wire.FromRef(ref), Reason: wire.FromReason(why)}
+	m := &leasev1.ReleaseRequest{RequestId: requestID(), Lease: wire.FromRef(ref), Reason: wire.FromReason(why), Secret: c.secret(ref)}
 	_, err := call(ctx, c, func(ctx context.Context, cc *grpc.ClientConn, m *leasev1.ReleaseRequest) (*leasev1.ReleaseReply, error) {
 		return leasev1.NewHostsClient(cc).Release(ctx, m)
 	}, m)
 	if err != nil {
 		return fmt.Errorf("release: %w", err)
+	}
+	return nil
+}
+
+// maxHeld is how many leases with a secret are remembered: the present one, and some that are about to be given back.
+const maxHeld = 4
+
+// remember keeps the secret of a lease, where there is one.
+func (c *Conn) remember(m *leasev1.Lease) {
+	if len(m.GetSecret()) == 0 {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	h := &leasev1.Held{Lease: &leasev1.LeaseRef{Res: m.GetRes(), Gen: m.GetGen()}, Secret: m.GetSecret()}
+	c.held = slices.DeleteFunc(c.held, func(o *leasev1.Held) bool { return proto.Equal(o.Lease, h.Lease) })
+	c.held = slices.Insert(c.held, 0, h)
+	c.held = c.held[:min(len(c.held), maxHeld)]
+}
+
+// proof returns the lease to take along; nil when there is none with a secret.
+func (c *Conn) proof() *leasev1.Held {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.held) == 0 {
+		return nil
+	}
+	return c.held[0]
+}
+
+// secret returns the secret of a lease, if it is known.
+func (c *Conn) secret(ref lease.Ref) []byte {
+	want := wire.FromRef(ref)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, h := range c.held {
+		if proto.Equal(h.Lease, want) {
+			return h.Secret
+		}
 	}
 	return nil
 }

@@ -60,10 +60,20 @@ func addr6(b []byte) netip.Addr {
 	return a
 }
 
-// PoolInfo is one pool with its counts of addresses.
+// PoolInfo is one pool with its counts of addresses. An address is taken while it is neither free nor reserved.
 type PoolInfo struct {
 	lease.Pool
 	Size, Bound, Revoking, HeldDown, Free uint32
+
+	Cut                uint32 // addresses leased by port sets
+	SetsFree, SetsUsed uint32 // their port sets
+
+	Peak, PeakDay uint32        // most addresses taken at once: since the service started, in the last 24 h
+	Window        time.Duration // the last hour, or since the service started: what Binds, Ends and Mean are of
+	Binds, Ends   uint64        // leases that began and ended
+	Mean          float64       // addresses taken on average
+	Dry           time.Duration // until no address is free at the trend of the last ten minutes; 0 = there is no such trend
+	Hosts         uint32        // that have a live Attend stream, the same for every pool
 }
 
 // Pools lists the pools.
@@ -83,6 +93,9 @@ func (c *Conn) Pools(ctx context.Context) ([]PoolInfo, error) {
 		out = append(out, PoolInfo{
 			Pool: lease.Pool{Name: p.GetName(), Prefix: pfx, TEP: addr6(p.GetTep())},
 			Size: p.GetSize(), Bound: p.GetBound(), Revoking: p.GetRevoking(), HeldDown: p.GetHeldDown(), Free: p.GetFree(),
+			Peak: p.GetPeak(), PeakDay: p.GetPeakDay(), Window: wire.Duration(p.GetWindowMs()), Binds: p.GetBinds(), Ends: p.GetEnds(),
+			Mean: float64(p.GetTakenMs()) / float64(max(1, p.GetWindowMs())), Dry: wire.Duration(p.GetDryMs()), Hosts: rep.GetHosts(),
+			Cut: p.GetCut(), SetsFree: p.GetSetsFree(), SetsUsed: p.GetSetsUsed(),
 		})
 	}
 	return out, nil
@@ -96,6 +109,7 @@ type TEPInfo struct {
 	Session      uint64
 	Acked, Head  lease.Rev
 	DeadlineLeft time.Duration // until the service counts it as fenced by time
+	Fenced       string        // why nothing waits for it: time, witness or order; empty = it may forward
 }
 
 // TEPs lists the gateways.
@@ -110,7 +124,7 @@ func (c *Conn) TEPs(ctx context.Context) ([]TEPInfo, error) {
 	for _, t := range rep.GetTeps() {
 		out = append(out, TEPInfo{
 			ID: t.GetId(), Connected: t.GetConnected(), Serving: t.GetServing(), Session: t.GetSession(),
-			Acked: lease.Rev(t.GetAckedRev()), Head: lease.Rev(t.GetHeadRev()), DeadlineLeft: wire.Duration(t.GetDeadlineLeftMs()),
+			Acked: lease.Rev(t.GetAckedRev()), Head: lease.Rev(t.GetHeadRev()), DeadlineLeft: wire.Duration(t.GetDeadlineLeftMs()), Fenced: t.GetFenced(),
 		})
 	}
 	return out, nil
@@ -124,6 +138,28 @@ func (c *Conn) Revoke(ctx context.Context, ref lease.Ref) error {
 	}, m)
 	if err != nil {
 		return fmt.Errorf("revoke: %w", err)
+	}
+	return nil
+}
+
+// FenceTEP gives the operator's word that a gateway is off.
+func (c *Conn) FenceTEP(ctx context.Context, id string) error {
+	_, err := call(ctx, c, func(ctx context.Context, cc *grpc.ClientConn, m *leasev1.FenceTepRequest) (*leasev1.FenceTepReply, error) {
+		return leasev1.NewOperatorsClient(cc).FenceTep(ctx, m)
+	}, &leasev1.FenceTepRequest{Id: id})
+	if err != nil {
+		return fmt.Errorf("fence: %w", err)
+	}
+	return nil
+}
+
+// RemoveTEP takes a fenced gateway out of the fence set.
+func (c *Conn) RemoveTEP(ctx context.Context, id string) error {
+	_, err := call(ctx, c, func(ctx context.Context, cc *grpc.ClientConn, m *leasev1.RemoveTepRequest) (*leasev1.RemoveTepReply, error) {
+		return leasev1.NewOperatorsClient(cc).RemoveTep(ctx, m)
+	}, &leasev1.RemoveTepRequest{Id: id})
+	if err != nil {
+		return fmt.Errorf("remove: %w", err)
 	}
 	return nil
 }

@@ -36,7 +36,7 @@ func (c *Conn) Sync(ctx context.Context, hello func() lease.Hello) (*Sync, error
 	return s, nil
 }
 
-// Recv returns the next lease.SessionReply, lease.SnapshotChunk or lease.Batch. An error ends the stream.
+// Recv returns the next lease.SessionReply, lease.SnapshotChunk, lease.Batch or lease.Upload. An error ends the stream.
 func (s *Sync) Recv() (any, error) {
 	m, err := s.stream.Recv()
 	if err != nil {
@@ -54,6 +54,9 @@ func (s *Sync) Heartbeat(h lease.Heartbeat) error { return s.send(wire.FromHeart
 
 // Ack sends an acknowledgement.
 func (s *Sync) Ack(a lease.Ack) error { return s.send(wire.FromAck(a)) }
+
+// Table sends a part of the table that an Upload asked for.
+func (s *Sync) Table(c lease.TableChunk) error { return s.send(wire.FromTableChunk(c)) }
 
 func (s *Sync) send(m *leasev1.SyncUp) error {
 	s.mu.Lock()

@@ -980,16 +980,18 @@ func (x *Revoke) GetReason() Reason {
 }
 
 type BindRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	RequestId     []byte                 `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"` // 16 random bytes; the same id gives the same answer for 2 * valid
-	TunnelSource  []byte                 `protobuf:"bytes,2,opt,name=tunnel_source,json=tunnelSource,proto3" json:"tunnel_source,omitempty"`
-	HintId        uint64                 `protobuf:"varint,3,opt,name=hint_id,json=hintId,proto3" json:"hint_id,omitempty"`
-	Want          *Resource              `protobuf:"bytes,4,opt,name=want,proto3" json:"want,omitempty"`
-	ValidMs       uint32                 `protobuf:"varint,5,opt,name=valid_ms,json=validMs,proto3" json:"valid_ms,omitempty"`
-	Trigger       Trigger                `protobuf:"varint,6,opt,name=trigger,proto3,enum=dstm.lease.v1.Trigger" json:"trigger,omitempty"`
-	Mtu           uint32                 `protobuf:"varint,7,opt,name=mtu,proto3" json:"mtu,omitempty"` // the host's tunnel MTU, inner bytes, 1280..65535
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	RequestId      []byte                 `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"` // 16 random bytes; the same id gives the same answer for 2 * valid
+	TunnelSource   []byte                 `protobuf:"bytes,2,opt,name=tunnel_source,json=tunnelSource,proto3" json:"tunnel_source,omitempty"`
+	HintId         uint64                 `protobuf:"varint,3,opt,name=hint_id,json=hintId,proto3" json:"hint_id,omitempty"`
+	Want           *Resource              `protobuf:"bytes,4,opt,name=want,proto3" json:"want,omitempty"`
+	ValidMs        uint32                 `protobuf:"varint,5,opt,name=valid_ms,json=validMs,proto3" json:"valid_ms,omitempty"`
+	Trigger        Trigger                `protobuf:"varint,6,opt,name=trigger,proto3,enum=dstm.lease.v1.Trigger" json:"trigger,omitempty"`
+	Mtu            uint32                 `protobuf:"varint,7,opt,name=mtu,proto3" json:"mtu,omitempty"`                                             // the host's tunnel MTU, inner bytes, 1280..65535
+	AcceptsPortset bool                   `protobuf:"varint,8,opt,name=accepts_portset,json=acceptsPortset,proto3" json:"accepts_portset,omitempty"` // the host can do with a port set when addresses run short
+	Held           *Held                  `protobuf:"bytes,9,opt,name=held,proto3" json:"held,omitempty"`                                            // where identities are addresses: the lease to take along to this one
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *BindRequest) Reset() {
@@ -1071,6 +1073,73 @@ func (x *BindRequest) GetMtu() uint32 {
 	return 0
 }
 
+func (x *BindRequest) GetAcceptsPortset() bool {
+	if x != nil {
+		return x.AcceptsPortset
+	}
+	return false
+}
+
+func (x *BindRequest) GetHeld() *Held {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
+// Held is a lease with the secret that proves it to be the caller's.
+type Held struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Lease         *LeaseRef              `protobuf:"bytes,1,opt,name=lease,proto3" json:"lease,omitempty"`
+	Secret        []byte                 `protobuf:"bytes,2,opt,name=secret,proto3" json:"secret,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Held) Reset() {
+	*x = Held{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Held) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Held) ProtoMessage() {}
+
+func (x *Held) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Held.ProtoReflect.Descriptor instead.
+func (*Held) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Held) GetLease() *LeaseRef {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+func (x *Held) GetSecret() []byte {
+	if x != nil {
+		return x.Secret
+	}
+	return nil
+}
+
 type Lease struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Res           *Resource              `protobuf:"bytes,1,opt,name=res,proto3" json:"res,omitempty"`
@@ -1080,13 +1149,14 @@ type Lease struct {
 	MtuMax        uint32                 `protobuf:"varint,5,opt,name=mtu_max,json=mtuMax,proto3" json:"mtu_max,omitempty"`
 	Installed     bool                   `protobuf:"varint,6,opt,name=installed,proto3" json:"installed,omitempty"`
 	Waiting       []string               `protobuf:"bytes,7,rep,name=waiting,proto3" json:"waiting,omitempty"` // TEP ids of the serving set that have not acknowledged yet
+	Secret        []byte                 `protobuf:"bytes,8,opt,name=secret,proto3" json:"secret,omitempty"`   // where identities are addresses: Renew, Release and a move must show it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[12]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1098,7 +1168,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[12]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1111,7 +1181,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{12}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Lease) GetRes() *Resource {
@@ -1163,6 +1233,13 @@ func (x *Lease) GetWaiting() []string {
 	return nil
 }
 
+func (x *Lease) GetSecret() []byte {
+	if x != nil {
+		return x.Secret
+	}
+	return nil
+}
+
 type RenewRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	RequestId     []byte                 `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
@@ -1170,13 +1247,14 @@ type RenewRequest struct {
 	ValidMs       uint32                 `protobuf:"varint,3,opt,name=valid_ms,json=validMs,proto3" json:"valid_ms,omitempty"`
 	TunnelSource  []byte                 `protobuf:"bytes,4,opt,name=tunnel_source,json=tunnelSource,proto3" json:"tunnel_source,omitempty"`
 	Mtu           uint32                 `protobuf:"varint,5,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	Secret        []byte                 `protobuf:"bytes,6,opt,name=secret,proto3" json:"secret,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[13]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1188,7 +1266,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[13]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1201,7 +1279,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{13}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RenewRequest) GetRequestId() []byte {
@@ -1239,18 +1317,26 @@ func (x *RenewRequest) GetMtu() uint32 {
 	return 0
 }
 
+func (x *RenewRequest) GetSecret() []byte {
+	if x != nil {
+		return x.Secret
+	}
+	return nil
+}
+
 type ReleaseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	RequestId     []byte                 `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	Lease         *LeaseRef              `protobuf:"bytes,2,opt,name=lease,proto3" json:"lease,omitempty"`
 	Reason        Reason                 `protobuf:"varint,3,opt,name=reason,proto3,enum=dstm.lease.v1.Reason" json:"reason,omitempty"`
+	Secret        []byte                 `protobuf:"bytes,4,opt,name=secret,proto3" json:"secret,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[14]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1262,7 +1348,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[14]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1275,7 +1361,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{14}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ReleaseRequest) GetRequestId() []byte {
@@ -1299,6 +1385,13 @@ func (x *ReleaseRequest) GetReason() Reason {
 	return Reason_R_UNSPECIFIED
 }
 
+func (x *ReleaseRequest) GetSecret() []byte {
+	if x != nil {
+		return x.Secret
+	}
+	return nil
+}
+
 type ReleaseReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1307,7 +1400,7 @@ type ReleaseReply struct {
 
 func (x *ReleaseReply) Reset() {
 	*x = ReleaseReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[15]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1319,7 +1412,7 @@ func (x *ReleaseReply) String() string {
 func (*ReleaseReply) ProtoMessage() {}
 
 func (x *ReleaseReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[15]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1332,7 +1425,7 @@ func (x *ReleaseReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseReply.ProtoReflect.Descriptor instead.
 func (*ReleaseReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{15}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{16}
 }
 
 type Prefix struct {
@@ -1345,7 +1438,7 @@ type Prefix struct {
 
 func (x *Prefix) Reset() {
 	*x = Prefix{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[16]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1357,7 +1450,7 @@ func (x *Prefix) String() string {
 func (*Prefix) ProtoMessage() {}
 
 func (x *Prefix) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[16]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1370,7 +1463,7 @@ func (x *Prefix) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Prefix.ProtoReflect.Descriptor instead.
 func (*Prefix) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{16}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Prefix) GetAddr() []byte {
@@ -1396,7 +1489,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[17]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1408,7 +1501,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[17]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1421,7 +1514,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{17}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *WatchRequest) GetClients() []*Prefix {
@@ -1446,7 +1539,7 @@ type HostEvent struct {
 
 func (x *HostEvent) Reset() {
 	*x = HostEvent{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[18]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1458,7 +1551,7 @@ func (x *HostEvent) String() string {
 func (*HostEvent) ProtoMessage() {}
 
 func (x *HostEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[18]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1471,7 +1564,7 @@ func (x *HostEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostEvent.ProtoReflect.Descriptor instead.
 func (*HostEvent) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{18}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *HostEvent) GetM() isHostEvent_M {
@@ -1561,7 +1654,7 @@ type HostState struct {
 
 func (x *HostState) Reset() {
 	*x = HostState{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[19]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1573,7 +1666,7 @@ func (x *HostState) String() string {
 func (*HostState) ProtoMessage() {}
 
 func (x *HostState) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[19]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1586,7 +1679,7 @@ func (x *HostState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostState.ProtoReflect.Descriptor instead.
 func (*HostState) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{19}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *HostState) GetSource() []byte {
@@ -1641,7 +1734,7 @@ type PoolState struct {
 
 func (x *PoolState) Reset() {
 	*x = PoolState{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[20]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1653,7 +1746,7 @@ func (x *PoolState) String() string {
 func (*PoolState) ProtoMessage() {}
 
 func (x *PoolState) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[20]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1666,7 +1759,7 @@ func (x *PoolState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolState.ProtoReflect.Descriptor instead.
 func (*PoolState) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{20}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PoolState) GetHintsOn() bool {
@@ -1693,7 +1786,7 @@ type HintRequest struct {
 
 func (x *HintRequest) Reset() {
 	*x = HintRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[21]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1705,7 +1798,7 @@ func (x *HintRequest) String() string {
 func (*HintRequest) ProtoMessage() {}
 
 func (x *HintRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[21]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1718,7 +1811,7 @@ func (x *HintRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintRequest.ProtoReflect.Descriptor instead.
 func (*HintRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{21}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *HintRequest) GetSource() []byte {
@@ -1746,7 +1839,7 @@ type HintReply struct {
 
 func (x *HintReply) Reset() {
 	*x = HintReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[22]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1758,7 +1851,7 @@ func (x *HintReply) String() string {
 func (*HintReply) ProtoMessage() {}
 
 func (x *HintReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[22]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1771,7 +1864,7 @@ func (x *HintReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintReply.ProtoReflect.Descriptor instead.
 func (*HintReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{22}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *HintReply) GetState() HintState {
@@ -1802,6 +1895,7 @@ type SyncUp struct {
 	//	*SyncUp_Hello
 	//	*SyncUp_Beat
 	//	*SyncUp_Ack
+	//	*SyncUp_Table
 	M             isSyncUp_M `protobuf_oneof:"m"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1809,7 +1903,7 @@ type SyncUp struct {
 
 func (x *SyncUp) Reset() {
 	*x = SyncUp{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[23]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1821,7 +1915,7 @@ func (x *SyncUp) String() string {
 func (*SyncUp) ProtoMessage() {}
 
 func (x *SyncUp) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[23]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1834,7 +1928,7 @@ func (x *SyncUp) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncUp.ProtoReflect.Descriptor instead.
 func (*SyncUp) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{23}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SyncUp) GetM() isSyncUp_M {
@@ -1871,6 +1965,15 @@ func (x *SyncUp) GetAck() *Ack {
 	return nil
 }
 
+func (x *SyncUp) GetTable() *TableChunk {
+	if x != nil {
+		if x, ok := x.M.(*SyncUp_Table); ok {
+			return x.Table
+		}
+	}
+	return nil
+}
+
 type isSyncUp_M interface {
 	isSyncUp_M()
 }
@@ -1887,11 +1990,17 @@ type SyncUp_Ack struct {
 	Ack *Ack `protobuf:"bytes,3,opt,name=ack,proto3,oneof"`
 }
 
+type SyncUp_Table struct {
+	Table *TableChunk `protobuf:"bytes,4,opt,name=table,proto3,oneof"`
+}
+
 func (*SyncUp_Hello) isSyncUp_M() {}
 
 func (*SyncUp_Beat) isSyncUp_M() {}
 
 func (*SyncUp_Ack) isSyncUp_M() {}
+
+func (*SyncUp_Table) isSyncUp_M() {}
 
 // TepHello opens a Sync stream. instance changes with every tepd process; have_rev is 0 for a new process.
 type TepHello struct {
@@ -1910,7 +2019,7 @@ type TepHello struct {
 
 func (x *TepHello) Reset() {
 	*x = TepHello{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[24]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1922,7 +2031,7 @@ func (x *TepHello) String() string {
 func (*TepHello) ProtoMessage() {}
 
 func (x *TepHello) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[24]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1935,7 +2044,7 @@ func (x *TepHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepHello.ProtoReflect.Descriptor instead.
 func (*TepHello) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{24}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TepHello) GetTepId() string {
@@ -2008,7 +2117,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[25]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2020,7 +2129,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[25]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2033,7 +2142,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{25}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Heartbeat) GetSession() uint64 {
@@ -2090,7 +2199,7 @@ type Ack struct {
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[26]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2102,7 +2211,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[26]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2115,7 +2224,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{26}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Ack) GetSession() uint64 {
@@ -2150,7 +2259,7 @@ type Nack struct {
 
 func (x *Nack) Reset() {
 	*x = Nack{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[27]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2162,7 +2271,7 @@ func (x *Nack) String() string {
 func (*Nack) ProtoMessage() {}
 
 func (x *Nack) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[27]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2175,7 +2284,7 @@ func (x *Nack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nack.ProtoReflect.Descriptor instead.
 func (*Nack) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{27}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Nack) GetRes() *Resource {
@@ -2199,6 +2308,59 @@ func (x *Nack) GetReason() string {
 	return ""
 }
 
+// TableChunk is part of what the packet path of a TEP holds, the answer to UploadTable.
+type TableChunk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Last          bool                   `protobuf:"varint,1,opt,name=last,proto3" json:"last,omitempty"`
+	Held          []*Binding             `protobuf:"bytes,2,rep,name=held,proto3" json:"held,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TableChunk) Reset() {
+	*x = TableChunk{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TableChunk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TableChunk) ProtoMessage() {}
+
+func (x *TableChunk) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TableChunk.ProtoReflect.Descriptor instead.
+func (*TableChunk) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *TableChunk) GetLast() bool {
+	if x != nil {
+		return x.Last
+	}
+	return false
+}
+
+func (x *TableChunk) GetHeld() []*Binding {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
 type SyncDown struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to M:
@@ -2206,6 +2368,7 @@ type SyncDown struct {
 	//	*SyncDown_Session
 	//	*SyncDown_Snapshot
 	//	*SyncDown_Batch
+	//	*SyncDown_Upload
 	M             isSyncDown_M `protobuf_oneof:"m"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2213,7 +2376,7 @@ type SyncDown struct {
 
 func (x *SyncDown) Reset() {
 	*x = SyncDown{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2225,7 +2388,7 @@ func (x *SyncDown) String() string {
 func (*SyncDown) ProtoMessage() {}
 
 func (x *SyncDown) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2238,7 +2401,7 @@ func (x *SyncDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncDown.ProtoReflect.Descriptor instead.
 func (*SyncDown) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{28}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *SyncDown) GetM() isSyncDown_M {
@@ -2275,6 +2438,15 @@ func (x *SyncDown) GetBatch() *Batch {
 	return nil
 }
 
+func (x *SyncDown) GetUpload() *UploadTable {
+	if x != nil {
+		if x, ok := x.M.(*SyncDown_Upload); ok {
+			return x.Upload
+		}
+	}
+	return nil
+}
+
 type isSyncDown_M interface {
 	isSyncDown_M()
 }
@@ -2291,11 +2463,55 @@ type SyncDown_Batch struct {
 	Batch *Batch `protobuf:"bytes,3,opt,name=batch,proto3,oneof"`
 }
 
+type SyncDown_Upload struct {
+	Upload *UploadTable `protobuf:"bytes,4,opt,name=upload,proto3,oneof"`
+}
+
 func (*SyncDown_Session) isSyncDown_M() {}
 
 func (*SyncDown_Snapshot) isSyncDown_M() {}
 
 func (*SyncDown_Batch) isSyncDown_M() {}
+
+func (*SyncDown_Upload) isSyncDown_M() {}
+
+// UploadTable, instead of a SessionReply, asks a TEP what its packet path holds: the store was restored from a copy and may
+// know less. The stream ends after it, and the TEP forwards on under the deadline that it has.
+type UploadTable struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UploadTable) Reset() {
+	*x = UploadTable{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UploadTable) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UploadTable) ProtoMessage() {}
+
+func (x *UploadTable) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UploadTable.ProtoReflect.Descriptor instead.
+func (*UploadTable) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{31}
+}
 
 // SessionReply answers a Hello or a Heartbeat: deadline = echo_boot_ns + grant, once applied_rev >= floor (F5, F7).
 type SessionReply struct {
@@ -2317,7 +2533,7 @@ type SessionReply struct {
 
 func (x *SessionReply) Reset() {
 	*x = SessionReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2329,7 +2545,7 @@ func (x *SessionReply) String() string {
 func (*SessionReply) ProtoMessage() {}
 
 func (x *SessionReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2342,7 +2558,7 @@ func (x *SessionReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionReply.ProtoReflect.Descriptor instead.
 func (*SessionReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{29}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SessionReply) GetSession() uint64 {
@@ -2432,7 +2648,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2444,7 +2660,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2457,7 +2673,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{30}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Endpoint) GetAddr() []byte {
@@ -2484,7 +2700,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2496,7 +2712,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2509,7 +2725,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{31}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Peer) GetTepId() string {
@@ -2534,7 +2750,7 @@ type QuestionRequest struct {
 
 func (x *QuestionRequest) Reset() {
 	*x = QuestionRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2546,7 +2762,7 @@ func (x *QuestionRequest) String() string {
 func (*QuestionRequest) ProtoMessage() {}
 
 func (x *QuestionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2559,7 +2775,7 @@ func (x *QuestionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuestionRequest.ProtoReflect.Descriptor instead.
 func (*QuestionRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{32}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{35}
 }
 
 type QuestionReply struct {
@@ -2571,7 +2787,7 @@ type QuestionReply struct {
 
 func (x *QuestionReply) Reset() {
 	*x = QuestionReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2583,7 +2799,7 @@ func (x *QuestionReply) String() string {
 func (*QuestionReply) ProtoMessage() {}
 
 func (x *QuestionReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2596,7 +2812,7 @@ func (x *QuestionReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuestionReply.ProtoReflect.Descriptor instead.
 func (*QuestionReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{33}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *QuestionReply) GetQuiet() bool {
@@ -2620,7 +2836,7 @@ type SnapshotChunk struct {
 
 func (x *SnapshotChunk) Reset() {
 	*x = SnapshotChunk{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2632,7 +2848,7 @@ func (x *SnapshotChunk) String() string {
 func (*SnapshotChunk) ProtoMessage() {}
 
 func (x *SnapshotChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2645,7 +2861,7 @@ func (x *SnapshotChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotChunk.ProtoReflect.Descriptor instead.
 func (*SnapshotChunk) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{34}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *SnapshotChunk) GetSession() uint64 {
@@ -2696,7 +2912,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2708,7 +2924,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2721,7 +2937,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{35}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Batch) GetSession() uint64 {
@@ -2768,7 +2984,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2780,7 +2996,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2793,7 +3009,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{36}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Record) GetRev() uint64 {
@@ -2879,7 +3095,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2891,7 +3107,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2904,7 +3120,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{37}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Binding) GetRes() *Resource {
@@ -2952,7 +3168,7 @@ type Unbind struct {
 
 func (x *Unbind) Reset() {
 	*x = Unbind{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2964,7 +3180,7 @@ func (x *Unbind) String() string {
 func (*Unbind) ProtoMessage() {}
 
 func (x *Unbind) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2977,7 +3193,7 @@ func (x *Unbind) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unbind.ProtoReflect.Descriptor instead.
 func (*Unbind) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{38}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Unbind) GetRes() *Resource {
@@ -3008,7 +3224,7 @@ type PoolRecord struct {
 
 func (x *PoolRecord) Reset() {
 	*x = PoolRecord{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3020,7 +3236,7 @@ func (x *PoolRecord) String() string {
 func (*PoolRecord) ProtoMessage() {}
 
 func (x *PoolRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3033,7 +3249,7 @@ func (x *PoolRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolRecord.ProtoReflect.Descriptor instead.
 func (*PoolRecord) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{39}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *PoolRecord) GetName() string {
@@ -3087,7 +3303,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3099,7 +3315,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3112,7 +3328,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{40}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ListRequest) GetPool() string {
@@ -3139,7 +3355,7 @@ type LeaseInfo struct {
 
 func (x *LeaseInfo) Reset() {
 	*x = LeaseInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3151,7 +3367,7 @@ func (x *LeaseInfo) String() string {
 func (*LeaseInfo) ProtoMessage() {}
 
 func (x *LeaseInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3164,7 +3380,7 @@ func (x *LeaseInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseInfo.ProtoReflect.Descriptor instead.
 func (*LeaseInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{41}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *LeaseInfo) GetRes() *Resource {
@@ -3241,7 +3457,7 @@ type WhoRequest struct {
 
 func (x *WhoRequest) Reset() {
 	*x = WhoRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3253,7 +3469,7 @@ func (x *WhoRequest) String() string {
 func (*WhoRequest) ProtoMessage() {}
 
 func (x *WhoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3266,7 +3482,7 @@ func (x *WhoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoRequest.ProtoReflect.Descriptor instead.
 func (*WhoRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{42}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *WhoRequest) GetAddr() uint32 {
@@ -3299,7 +3515,7 @@ type WhoReply struct {
 
 func (x *WhoReply) Reset() {
 	*x = WhoReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3311,7 +3527,7 @@ func (x *WhoReply) String() string {
 func (*WhoReply) ProtoMessage() {}
 
 func (x *WhoReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3324,7 +3540,7 @@ func (x *WhoReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoReply.ProtoReflect.Descriptor instead.
 func (*WhoReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{43}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *WhoReply) GetHoldings() []*Holding {
@@ -3353,7 +3569,7 @@ type Holding struct {
 
 func (x *Holding) Reset() {
 	*x = Holding{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3365,7 +3581,7 @@ func (x *Holding) String() string {
 func (*Holding) ProtoMessage() {}
 
 func (x *Holding) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3378,7 +3594,7 @@ func (x *Holding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Holding.ProtoReflect.Descriptor instead.
 func (*Holding) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{44}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Holding) GetHostId() string {
@@ -3457,7 +3673,7 @@ type AuditExportRequest struct {
 
 func (x *AuditExportRequest) Reset() {
 	*x = AuditExportRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3469,7 +3685,7 @@ func (x *AuditExportRequest) String() string {
 func (*AuditExportRequest) ProtoMessage() {}
 
 func (x *AuditExportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3482,7 +3698,7 @@ func (x *AuditExportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditExportRequest.ProtoReflect.Descriptor instead.
 func (*AuditExportRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{45}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *AuditExportRequest) GetAfterRev() uint64 {
@@ -3533,7 +3749,7 @@ type AuditEvent struct {
 
 func (x *AuditEvent) Reset() {
 	*x = AuditEvent{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3545,7 +3761,7 @@ func (x *AuditEvent) String() string {
 func (*AuditEvent) ProtoMessage() {}
 
 func (x *AuditEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3558,7 +3774,7 @@ func (x *AuditEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditEvent.ProtoReflect.Descriptor instead.
 func (*AuditEvent) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{46}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *AuditEvent) GetRev() uint64 {
@@ -3646,7 +3862,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3658,7 +3874,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3671,7 +3887,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{47}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{50}
 }
 
 type BackupChunk struct {
@@ -3684,7 +3900,7 @@ type BackupChunk struct {
 
 func (x *BackupChunk) Reset() {
 	*x = BackupChunk{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3696,7 +3912,7 @@ func (x *BackupChunk) String() string {
 func (*BackupChunk) ProtoMessage() {}
 
 func (x *BackupChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3709,7 +3925,7 @@ func (x *BackupChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupChunk.ProtoReflect.Descriptor instead.
 func (*BackupChunk) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{48}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *BackupChunk) GetData() []byte {
@@ -3734,7 +3950,7 @@ type PoolsRequest struct {
 
 func (x *PoolsRequest) Reset() {
 	*x = PoolsRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3746,7 +3962,7 @@ func (x *PoolsRequest) String() string {
 func (*PoolsRequest) ProtoMessage() {}
 
 func (x *PoolsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3759,7 +3975,7 @@ func (x *PoolsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolsRequest.ProtoReflect.Descriptor instead.
 func (*PoolsRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{49}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{52}
 }
 
 type PoolInfo struct {
@@ -3773,13 +3989,23 @@ type PoolInfo struct {
 	Revoking      uint32                 `protobuf:"varint,7,opt,name=revoking,proto3" json:"revoking,omitempty"`
 	HeldDown      uint32                 `protobuf:"varint,8,opt,name=held_down,json=heldDown,proto3" json:"held_down,omitempty"`
 	Free          uint32                 `protobuf:"varint,9,opt,name=free,proto3" json:"free,omitempty"`
+	Peak          uint32                 `protobuf:"varint,10,opt,name=peak,proto3" json:"peak,omitempty"`                         // most addresses at once that were neither free nor reserved, since the service started
+	PeakDay       uint32                 `protobuf:"varint,11,opt,name=peak_day,json=peakDay,proto3" json:"peak_day,omitempty"`    // and in the last 24 h
+	WindowMs      uint32                 `protobuf:"varint,12,opt,name=window_ms,json=windowMs,proto3" json:"window_ms,omitempty"` // the last hour, or since the service started: what the next three are of
+	Binds         uint64                 `protobuf:"varint,13,opt,name=binds,proto3" json:"binds,omitempty"`                       // leases that began
+	Ends          uint64                 `protobuf:"varint,14,opt,name=ends,proto3" json:"ends,omitempty"`                         // leases that ended
+	TakenMs       uint64                 `protobuf:"varint,15,opt,name=taken_ms,json=takenMs,proto3" json:"taken_ms,omitempty"`    // sum of the times for which addresses were neither free nor reserved
+	DryMs         uint32                 `protobuf:"varint,16,opt,name=dry_ms,json=dryMs,proto3" json:"dry_ms,omitempty"`          // until no address is free at the trend of the last ten minutes; 0 = no such trend
+	Cut           uint32                 `protobuf:"varint,17,opt,name=cut,proto3" json:"cut,omitempty"`                           // addresses leased by port sets, which are none of the above but size, peak and taken
+	SetsFree      uint32                 `protobuf:"varint,18,opt,name=sets_free,json=setsFree,proto3" json:"sets_free,omitempty"` // of the cut addresses
+	SetsUsed      uint32                 `protobuf:"varint,19,opt,name=sets_used,json=setsUsed,proto3" json:"sets_used,omitempty"` // leased, revoking or held down
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PoolInfo) Reset() {
 	*x = PoolInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3791,7 +4017,7 @@ func (x *PoolInfo) String() string {
 func (*PoolInfo) ProtoMessage() {}
 
 func (x *PoolInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3804,7 +4030,7 @@ func (x *PoolInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolInfo.ProtoReflect.Descriptor instead.
 func (*PoolInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{50}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *PoolInfo) GetName() string {
@@ -3870,16 +4096,87 @@ func (x *PoolInfo) GetFree() uint32 {
 	return 0
 }
 
+func (x *PoolInfo) GetPeak() uint32 {
+	if x != nil {
+		return x.Peak
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetPeakDay() uint32 {
+	if x != nil {
+		return x.PeakDay
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetWindowMs() uint32 {
+	if x != nil {
+		return x.WindowMs
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetBinds() uint64 {
+	if x != nil {
+		return x.Binds
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetEnds() uint64 {
+	if x != nil {
+		return x.Ends
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetTakenMs() uint64 {
+	if x != nil {
+		return x.TakenMs
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetDryMs() uint32 {
+	if x != nil {
+		return x.DryMs
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetCut() uint32 {
+	if x != nil {
+		return x.Cut
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetSetsFree() uint32 {
+	if x != nil {
+		return x.SetsFree
+	}
+	return 0
+}
+
+func (x *PoolInfo) GetSetsUsed() uint32 {
+	if x != nil {
+		return x.SetsUsed
+	}
+	return 0
+}
+
 type PoolsReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Pools         []*PoolInfo            `protobuf:"bytes,1,rep,name=pools,proto3" json:"pools,omitempty"`
+	Hosts         uint32                 `protobuf:"varint,2,opt,name=hosts,proto3" json:"hosts,omitempty"` // with a live Attend stream
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PoolsReply) Reset() {
 	*x = PoolsReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3891,7 +4188,7 @@ func (x *PoolsReply) String() string {
 func (*PoolsReply) ProtoMessage() {}
 
 func (x *PoolsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3904,7 +4201,7 @@ func (x *PoolsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolsReply.ProtoReflect.Descriptor instead.
 func (*PoolsReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{51}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *PoolsReply) GetPools() []*PoolInfo {
@@ -3912,6 +4209,13 @@ func (x *PoolsReply) GetPools() []*PoolInfo {
 		return x.Pools
 	}
 	return nil
+}
+
+func (x *PoolsReply) GetHosts() uint32 {
+	if x != nil {
+		return x.Hosts
+	}
+	return 0
 }
 
 type TepsRequest struct {
@@ -3922,7 +4226,7 @@ type TepsRequest struct {
 
 func (x *TepsRequest) Reset() {
 	*x = TepsRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3934,7 +4238,7 @@ func (x *TepsRequest) String() string {
 func (*TepsRequest) ProtoMessage() {}
 
 func (x *TepsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3947,7 +4251,7 @@ func (x *TepsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepsRequest.ProtoReflect.Descriptor instead.
 func (*TepsRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{52}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{55}
 }
 
 type TepInfo struct {
@@ -3959,13 +4263,14 @@ type TepInfo struct {
 	AckedRev       uint64                 `protobuf:"varint,5,opt,name=acked_rev,json=ackedRev,proto3" json:"acked_rev,omitempty"`
 	HeadRev        uint64                 `protobuf:"varint,6,opt,name=head_rev,json=headRev,proto3" json:"head_rev,omitempty"`
 	DeadlineLeftMs uint32                 `protobuf:"varint,7,opt,name=deadline_left_ms,json=deadlineLeftMs,proto3" json:"deadline_left_ms,omitempty"`
+	Fenced         string                 `protobuf:"bytes,8,opt,name=fenced,proto3" json:"fenced,omitempty"` // why nothing waits for it: time, witness or order; empty = it may forward
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *TepInfo) Reset() {
 	*x = TepInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3977,7 +4282,7 @@ func (x *TepInfo) String() string {
 func (*TepInfo) ProtoMessage() {}
 
 func (x *TepInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3990,7 +4295,7 @@ func (x *TepInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepInfo.ProtoReflect.Descriptor instead.
 func (*TepInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{53}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *TepInfo) GetId() string {
@@ -4042,6 +4347,173 @@ func (x *TepInfo) GetDeadlineLeftMs() uint32 {
 	return 0
 }
 
+func (x *TepInfo) GetFenced() string {
+	if x != nil {
+		return x.Fenced
+	}
+	return ""
+}
+
+type FenceTepRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FenceTepRequest) Reset() {
+	*x = FenceTepRequest{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FenceTepRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FenceTepRequest) ProtoMessage() {}
+
+func (x *FenceTepRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FenceTepRequest.ProtoReflect.Descriptor instead.
+func (*FenceTepRequest) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *FenceTepRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type FenceTepReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FenceTepReply) Reset() {
+	*x = FenceTepReply{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FenceTepReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FenceTepReply) ProtoMessage() {}
+
+func (x *FenceTepReply) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FenceTepReply.ProtoReflect.Descriptor instead.
+func (*FenceTepReply) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{58}
+}
+
+type RemoveTepRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveTepRequest) Reset() {
+	*x = RemoveTepRequest{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveTepRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveTepRequest) ProtoMessage() {}
+
+func (x *RemoveTepRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveTepRequest.ProtoReflect.Descriptor instead.
+func (*RemoveTepRequest) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *RemoveTepRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type RemoveTepReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveTepReply) Reset() {
+	*x = RemoveTepReply{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveTepReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveTepReply) ProtoMessage() {}
+
+func (x *RemoveTepReply) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveTepReply.ProtoReflect.Descriptor instead.
+func (*RemoveTepReply) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{60}
+}
+
 type TepsReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Teps          []*TepInfo             `protobuf:"bytes,1,rep,name=teps,proto3" json:"teps,omitempty"`
@@ -4051,7 +4523,7 @@ type TepsReply struct {
 
 func (x *TepsReply) Reset() {
 	*x = TepsReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4063,7 +4535,7 @@ func (x *TepsReply) String() string {
 func (*TepsReply) ProtoMessage() {}
 
 func (x *TepsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4076,7 +4548,7 @@ func (x *TepsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepsReply.ProtoReflect.Descriptor instead.
 func (*TepsReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{54}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *TepsReply) GetTeps() []*TepInfo {
@@ -4096,7 +4568,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4108,7 +4580,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4121,7 +4593,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{55}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *RevokeRequest) GetRes() *Resource {
@@ -4146,7 +4618,7 @@ type RevokeReply struct {
 
 func (x *RevokeReply) Reset() {
 	*x = RevokeReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4158,7 +4630,7 @@ func (x *RevokeReply) String() string {
 func (*RevokeReply) ProtoMessage() {}
 
 func (x *RevokeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4171,7 +4643,7 @@ func (x *RevokeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeReply.ProtoReflect.Descriptor instead.
 func (*RevokeReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{56}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{63}
 }
 
 var File_dstm_lease_v1_lease_proto protoreflect.FileDescriptor
@@ -4224,7 +4696,7 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\twithin_ms\x18\x02 \x01(\rR\bwithinMs\"f\n" +
 	"\x06Revoke\x12-\n" +
 	"\x05lease\x18\x01 \x01(\v2\x17.dstm.lease.v1.LeaseRefR\x05lease\x12-\n" +
-	"\x06reason\x18\x02 \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x06reason\"\xf6\x01\n" +
+	"\x06reason\x18\x02 \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x06reason\"\xc8\x02\n" +
 	"\vBindRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\fR\trequestId\x12#\n" +
@@ -4233,7 +4705,12 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x04want\x18\x04 \x01(\v2\x17.dstm.lease.v1.ResourceR\x04want\x12\x19\n" +
 	"\bvalid_ms\x18\x05 \x01(\rR\avalidMs\x120\n" +
 	"\atrigger\x18\x06 \x01(\x0e2\x16.dstm.lease.v1.TriggerR\atrigger\x12\x10\n" +
-	"\x03mtu\x18\a \x01(\rR\x03mtu\"\xc2\x01\n" +
+	"\x03mtu\x18\a \x01(\rR\x03mtu\x12'\n" +
+	"\x0faccepts_portset\x18\b \x01(\bR\x0eacceptsPortset\x12'\n" +
+	"\x04held\x18\t \x01(\v2\x13.dstm.lease.v1.HeldR\x04held\"M\n" +
+	"\x04Held\x12-\n" +
+	"\x05lease\x18\x01 \x01(\v2\x17.dstm.lease.v1.LeaseRefR\x05lease\x12\x16\n" +
+	"\x06secret\x18\x02 \x01(\fR\x06secret\"\xda\x01\n" +
 	"\x05Lease\x12)\n" +
 	"\x03res\x18\x01 \x01(\v2\x17.dstm.lease.v1.ResourceR\x03res\x12\x10\n" +
 	"\x03gen\x18\x02 \x01(\x04R\x03gen\x12\x10\n" +
@@ -4241,19 +4718,22 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\bvalid_ms\x18\x04 \x01(\rR\avalidMs\x12\x17\n" +
 	"\amtu_max\x18\x05 \x01(\rR\x06mtuMax\x12\x1c\n" +
 	"\tinstalled\x18\x06 \x01(\bR\tinstalled\x12\x18\n" +
-	"\awaiting\x18\a \x03(\tR\awaiting\"\xae\x01\n" +
+	"\awaiting\x18\a \x03(\tR\awaiting\x12\x16\n" +
+	"\x06secret\x18\b \x01(\fR\x06secret\"\xc6\x01\n" +
 	"\fRenewRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\fR\trequestId\x12-\n" +
 	"\x05lease\x18\x02 \x01(\v2\x17.dstm.lease.v1.LeaseRefR\x05lease\x12\x19\n" +
 	"\bvalid_ms\x18\x03 \x01(\rR\avalidMs\x12#\n" +
 	"\rtunnel_source\x18\x04 \x01(\fR\ftunnelSource\x12\x10\n" +
-	"\x03mtu\x18\x05 \x01(\rR\x03mtu\"\x8d\x01\n" +
+	"\x03mtu\x18\x05 \x01(\rR\x03mtu\x12\x16\n" +
+	"\x06secret\x18\x06 \x01(\fR\x06secret\"\xa5\x01\n" +
 	"\x0eReleaseRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\fR\trequestId\x12-\n" +
 	"\x05lease\x18\x02 \x01(\v2\x17.dstm.lease.v1.LeaseRefR\x05lease\x12-\n" +
-	"\x06reason\x18\x03 \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x06reason\"\x0e\n" +
+	"\x06reason\x18\x03 \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x06reason\x12\x16\n" +
+	"\x06secret\x18\x04 \x01(\fR\x06secret\"\x0e\n" +
 	"\fReleaseReply\"0\n" +
 	"\x06Prefix\x12\x12\n" +
 	"\x04addr\x18\x01 \x01(\fR\x04addr\x12\x12\n" +
@@ -4284,11 +4764,12 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\tHintReply\x12.\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x18.dstm.lease.v1.HintStateR\x05state\x12-\n" +
 	"\x06reason\x18\x02 \x01(\x0e2\x15.dstm.lease.v1.ReasonR\x06reason\x12\"\n" +
-	"\rlease_left_ms\x18\x03 \x01(\rR\vleaseLeftMs\"\x96\x01\n" +
+	"\rlease_left_ms\x18\x03 \x01(\rR\vleaseLeftMs\"\xc9\x01\n" +
 	"\x06SyncUp\x12/\n" +
 	"\x05hello\x18\x01 \x01(\v2\x17.dstm.lease.v1.TepHelloH\x00R\x05hello\x12.\n" +
 	"\x04beat\x18\x02 \x01(\v2\x18.dstm.lease.v1.HeartbeatH\x00R\x04beat\x12&\n" +
-	"\x03ack\x18\x03 \x01(\v2\x12.dstm.lease.v1.AckH\x00R\x03ackB\x03\n" +
+	"\x03ack\x18\x03 \x01(\v2\x12.dstm.lease.v1.AckH\x00R\x03ack\x121\n" +
+	"\x05table\x18\x04 \x01(\v2\x19.dstm.lease.v1.TableChunkH\x00R\x05tableB\x03\n" +
 	"\x01m\"\xf8\x01\n" +
 	"\bTepHello\x12\x15\n" +
 	"\x06tep_id\x18\x01 \x01(\tR\x05tepId\x12\x1a\n" +
@@ -4318,12 +4799,18 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x04Nack\x12)\n" +
 	"\x03res\x18\x01 \x01(\v2\x17.dstm.lease.v1.ResourceR\x03res\x12\x10\n" +
 	"\x03gen\x18\x02 \x01(\x04R\x03gen\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\"\xb2\x01\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"L\n" +
+	"\n" +
+	"TableChunk\x12\x12\n" +
+	"\x04last\x18\x01 \x01(\bR\x04last\x12*\n" +
+	"\x04held\x18\x02 \x03(\v2\x16.dstm.lease.v1.BindingR\x04held\"\xe8\x01\n" +
 	"\bSyncDown\x127\n" +
 	"\asession\x18\x01 \x01(\v2\x1b.dstm.lease.v1.SessionReplyH\x00R\asession\x12:\n" +
 	"\bsnapshot\x18\x02 \x01(\v2\x1c.dstm.lease.v1.SnapshotChunkH\x00R\bsnapshot\x12,\n" +
-	"\x05batch\x18\x03 \x01(\v2\x14.dstm.lease.v1.BatchH\x00R\x05batchB\x03\n" +
-	"\x01m\"\xde\x02\n" +
+	"\x05batch\x18\x03 \x01(\v2\x14.dstm.lease.v1.BatchH\x00R\x05batch\x124\n" +
+	"\x06upload\x18\x04 \x01(\v2\x1a.dstm.lease.v1.UploadTableH\x00R\x06uploadB\x03\n" +
+	"\x01m\"\r\n" +
+	"\vUploadTable\"\xde\x02\n" +
 	"\fSessionReply\x12\x18\n" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12 \n" +
 	"\fecho_boot_ns\x18\x02 \x01(\x04R\n" +
@@ -4442,7 +4929,7 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\vBackupChunk\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\x12\x16\n" +
 	"\x06sha256\x18\x02 \x01(\fR\x06sha256\"\x0e\n" +
-	"\fPoolsRequest\"\xd3\x01\n" +
+	"\fPoolsRequest\"\xc7\x03\n" +
 	"\bPoolInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06prefix\x18\x02 \x01(\aR\x06prefix\x12\x12\n" +
@@ -4452,11 +4939,23 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x05bound\x18\x06 \x01(\rR\x05bound\x12\x1a\n" +
 	"\brevoking\x18\a \x01(\rR\brevoking\x12\x1b\n" +
 	"\theld_down\x18\b \x01(\rR\bheldDown\x12\x12\n" +
-	"\x04free\x18\t \x01(\rR\x04free\";\n" +
+	"\x04free\x18\t \x01(\rR\x04free\x12\x12\n" +
+	"\x04peak\x18\n" +
+	" \x01(\rR\x04peak\x12\x19\n" +
+	"\bpeak_day\x18\v \x01(\rR\apeakDay\x12\x1b\n" +
+	"\twindow_ms\x18\f \x01(\rR\bwindowMs\x12\x14\n" +
+	"\x05binds\x18\r \x01(\x04R\x05binds\x12\x12\n" +
+	"\x04ends\x18\x0e \x01(\x04R\x04ends\x12\x19\n" +
+	"\btaken_ms\x18\x0f \x01(\x04R\atakenMs\x12\x15\n" +
+	"\x06dry_ms\x18\x10 \x01(\rR\x05dryMs\x12\x10\n" +
+	"\x03cut\x18\x11 \x01(\rR\x03cut\x12\x1b\n" +
+	"\tsets_free\x18\x12 \x01(\rR\bsetsFree\x12\x1b\n" +
+	"\tsets_used\x18\x13 \x01(\rR\bsetsUsed\"Q\n" +
 	"\n" +
 	"PoolsReply\x12-\n" +
-	"\x05pools\x18\x01 \x03(\v2\x17.dstm.lease.v1.PoolInfoR\x05pools\"\r\n" +
-	"\vTepsRequest\"\xcd\x01\n" +
+	"\x05pools\x18\x01 \x03(\v2\x17.dstm.lease.v1.PoolInfoR\x05pools\x12\x14\n" +
+	"\x05hosts\x18\x02 \x01(\rR\x05hosts\"\r\n" +
+	"\vTepsRequest\"\xe5\x01\n" +
 	"\aTepInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tconnected\x18\x02 \x01(\bR\tconnected\x12\x18\n" +
@@ -4464,7 +4963,14 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\asession\x18\x04 \x01(\x04R\asession\x12\x1b\n" +
 	"\tacked_rev\x18\x05 \x01(\x04R\backedRev\x12\x19\n" +
 	"\bhead_rev\x18\x06 \x01(\x04R\aheadRev\x12(\n" +
-	"\x10deadline_left_ms\x18\a \x01(\rR\x0edeadlineLeftMs\"7\n" +
+	"\x10deadline_left_ms\x18\a \x01(\rR\x0edeadlineLeftMs\x12\x16\n" +
+	"\x06fenced\x18\b \x01(\tR\x06fenced\"!\n" +
+	"\x0fFenceTepRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x0f\n" +
+	"\rFenceTepReply\"\"\n" +
+	"\x10RemoveTepRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x10\n" +
+	"\x0eRemoveTepReply\"7\n" +
 	"\tTepsReply\x12*\n" +
 	"\x04teps\x18\x01 \x03(\v2\x16.dstm.lease.v1.TepInfoR\x04teps\"L\n" +
 	"\rRevokeRequest\x12)\n" +
@@ -4522,14 +5028,16 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x04Teps\x12:\n" +
 	"\x04Sync\x12\x15.dstm.lease.v1.SyncUp\x1a\x17.dstm.lease.v1.SyncDown(\x010\x012T\n" +
 	"\bGateways\x12H\n" +
-	"\bQuestion\x12\x1e.dstm.lease.v1.QuestionRequest\x1a\x1c.dstm.lease.v1.QuestionReply2\xe8\x03\n" +
+	"\bQuestion\x12\x1e.dstm.lease.v1.QuestionRequest\x1a\x1c.dstm.lease.v1.QuestionReply2\xff\x04\n" +
 	"\tOperators\x12D\n" +
 	"\n" +
 	"ListLeases\x12\x1a.dstm.lease.v1.ListRequest\x1a\x18.dstm.lease.v1.LeaseInfo0\x01\x129\n" +
 	"\x03Who\x12\x19.dstm.lease.v1.WhoRequest\x1a\x17.dstm.lease.v1.WhoReply\x12?\n" +
 	"\x05Pools\x12\x1b.dstm.lease.v1.PoolsRequest\x1a\x19.dstm.lease.v1.PoolsReply\x12@\n" +
 	"\bListTeps\x12\x1a.dstm.lease.v1.TepsRequest\x1a\x18.dstm.lease.v1.TepsReply\x12B\n" +
-	"\x06Revoke\x12\x1c.dstm.lease.v1.RevokeRequest\x1a\x1a.dstm.lease.v1.RevokeReply\x12M\n" +
+	"\x06Revoke\x12\x1c.dstm.lease.v1.RevokeRequest\x1a\x1a.dstm.lease.v1.RevokeReply\x12H\n" +
+	"\bFenceTep\x12\x1e.dstm.lease.v1.FenceTepRequest\x1a\x1c.dstm.lease.v1.FenceTepReply\x12K\n" +
+	"\tRemoveTep\x12\x1f.dstm.lease.v1.RemoveTepRequest\x1a\x1d.dstm.lease.v1.RemoveTepReply\x12M\n" +
 	"\vAuditExport\x12!.dstm.lease.v1.AuditExportRequest\x1a\x19.dstm.lease.v1.AuditEvent0\x01\x12D\n" +
 	"\x06Backup\x12\x1c.dstm.lease.v1.BackupRequest\x1a\x1a.dstm.lease.v1.BackupChunk0\x01B3Z1github.com/dstm-project/dstm/api/lease/v1;leasev1b\x06proto3"
 
@@ -4546,7 +5054,7 @@ func file_dstm_lease_v1_lease_proto_rawDescGZIP() []byte {
 }
 
 var file_dstm_lease_v1_lease_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_dstm_lease_v1_lease_proto_msgTypes = make([]protoimpl.MessageInfo, 57)
+var file_dstm_lease_v1_lease_proto_msgTypes = make([]protoimpl.MessageInfo, 64)
 var file_dstm_lease_v1_lease_proto_goTypes = []any{
 	(HintState)(0),             // 0: dstm.lease.v1.HintState
 	(Trigger)(0),               // 1: dstm.lease.v1.Trigger
@@ -4564,51 +5072,58 @@ var file_dstm_lease_v1_lease_proto_goTypes = []any{
 	(*Offer)(nil),              // 13: dstm.lease.v1.Offer
 	(*Revoke)(nil),             // 14: dstm.lease.v1.Revoke
 	(*BindRequest)(nil),        // 15: dstm.lease.v1.BindRequest
-	(*Lease)(nil),              // 16: dstm.lease.v1.Lease
-	(*RenewRequest)(nil),       // 17: dstm.lease.v1.RenewRequest
-	(*ReleaseRequest)(nil),     // 18: dstm.lease.v1.ReleaseRequest
-	(*ReleaseReply)(nil),       // 19: dstm.lease.v1.ReleaseReply
-	(*Prefix)(nil),             // 20: dstm.lease.v1.Prefix
-	(*WatchRequest)(nil),       // 21: dstm.lease.v1.WatchRequest
-	(*HostEvent)(nil),          // 22: dstm.lease.v1.HostEvent
-	(*HostState)(nil),          // 23: dstm.lease.v1.HostState
-	(*PoolState)(nil),          // 24: dstm.lease.v1.PoolState
-	(*HintRequest)(nil),        // 25: dstm.lease.v1.HintRequest
-	(*HintReply)(nil),          // 26: dstm.lease.v1.HintReply
-	(*SyncUp)(nil),             // 27: dstm.lease.v1.SyncUp
-	(*TepHello)(nil),           // 28: dstm.lease.v1.TepHello
-	(*Heartbeat)(nil),          // 29: dstm.lease.v1.Heartbeat
-	(*Ack)(nil),                // 30: dstm.lease.v1.Ack
-	(*Nack)(nil),               // 31: dstm.lease.v1.Nack
-	(*SyncDown)(nil),           // 32: dstm.lease.v1.SyncDown
-	(*SessionReply)(nil),       // 33: dstm.lease.v1.SessionReply
-	(*Endpoint)(nil),           // 34: dstm.lease.v1.Endpoint
-	(*Peer)(nil),               // 35: dstm.lease.v1.Peer
-	(*QuestionRequest)(nil),    // 36: dstm.lease.v1.QuestionRequest
-	(*QuestionReply)(nil),      // 37: dstm.lease.v1.QuestionReply
-	(*SnapshotChunk)(nil),      // 38: dstm.lease.v1.SnapshotChunk
-	(*Batch)(nil),              // 39: dstm.lease.v1.Batch
-	(*Record)(nil),             // 40: dstm.lease.v1.Record
-	(*Binding)(nil),            // 41: dstm.lease.v1.Binding
-	(*Unbind)(nil),             // 42: dstm.lease.v1.Unbind
-	(*PoolRecord)(nil),         // 43: dstm.lease.v1.PoolRecord
-	(*ListRequest)(nil),        // 44: dstm.lease.v1.ListRequest
-	(*LeaseInfo)(nil),          // 45: dstm.lease.v1.LeaseInfo
-	(*WhoRequest)(nil),         // 46: dstm.lease.v1.WhoRequest
-	(*WhoReply)(nil),           // 47: dstm.lease.v1.WhoReply
-	(*Holding)(nil),            // 48: dstm.lease.v1.Holding
-	(*AuditExportRequest)(nil), // 49: dstm.lease.v1.AuditExportRequest
-	(*AuditEvent)(nil),         // 50: dstm.lease.v1.AuditEvent
-	(*BackupRequest)(nil),      // 51: dstm.lease.v1.BackupRequest
-	(*BackupChunk)(nil),        // 52: dstm.lease.v1.BackupChunk
-	(*PoolsRequest)(nil),       // 53: dstm.lease.v1.PoolsRequest
-	(*PoolInfo)(nil),           // 54: dstm.lease.v1.PoolInfo
-	(*PoolsReply)(nil),         // 55: dstm.lease.v1.PoolsReply
-	(*TepsRequest)(nil),        // 56: dstm.lease.v1.TepsRequest
-	(*TepInfo)(nil),            // 57: dstm.lease.v1.TepInfo
-	(*TepsReply)(nil),          // 58: dstm.lease.v1.TepsReply
-	(*RevokeRequest)(nil),      // 59: dstm.lease.v1.RevokeRequest
-	(*RevokeReply)(nil),        // 60: dstm.lease.v1.RevokeReply
+	(*Held)(nil),               // 16: dstm.lease.v1.Held
+	(*Lease)(nil),              // 17: dstm.lease.v1.Lease
+	(*RenewRequest)(nil),       // 18: dstm.lease.v1.RenewRequest
+	(*ReleaseRequest)(nil),     // 19: dstm.lease.v1.ReleaseRequest
+	(*ReleaseReply)(nil),       // 20: dstm.lease.v1.ReleaseReply
+	(*Prefix)(nil),             // 21: dstm.lease.v1.Prefix
+	(*WatchRequest)(nil),       // 22: dstm.lease.v1.WatchRequest
+	(*HostEvent)(nil),          // 23: dstm.lease.v1.HostEvent
+	(*HostState)(nil),          // 24: dstm.lease.v1.HostState
+	(*PoolState)(nil),          // 25: dstm.lease.v1.PoolState
+	(*HintRequest)(nil),        // 26: dstm.lease.v1.HintRequest
+	(*HintReply)(nil),          // 27: dstm.lease.v1.HintReply
+	(*SyncUp)(nil),             // 28: dstm.lease.v1.SyncUp
+	(*TepHello)(nil),           // 29: dstm.lease.v1.TepHello
+	(*Heartbeat)(nil),          // 30: dstm.lease.v1.Heartbeat
+	(*Ack)(nil),                // 31: dstm.lease.v1.Ack
+	(*Nack)(nil),               // 32: dstm.lease.v1.Nack
+	(*TableChunk)(nil),         // 33: dstm.lease.v1.TableChunk
+	(*SyncDown)(nil),           // 34: dstm.lease.v1.SyncDown
+	(*UploadTable)(nil),        // 35: dstm.lease.v1.UploadTable
+	(*SessionReply)(nil),       // 36: dstm.lease.v1.SessionReply
+	(*Endpoint)(nil),           // 37: dstm.lease.v1.Endpoint
+	(*Peer)(nil),               // 38: dstm.lease.v1.Peer
+	(*QuestionRequest)(nil),    // 39: dstm.lease.v1.QuestionRequest
+	(*QuestionReply)(nil),      // 40: dstm.lease.v1.QuestionReply
+	(*SnapshotChunk)(nil),      // 41: dstm.lease.v1.SnapshotChunk
+	(*Batch)(nil),              // 42: dstm.lease.v1.Batch
+	(*Record)(nil),             // 43: dstm.lease.v1.Record
+	(*Binding)(nil),            // 44: dstm.lease.v1.Binding
+	(*Unbind)(nil),             // 45: dstm.lease.v1.Unbind
+	(*PoolRecord)(nil),         // 46: dstm.lease.v1.PoolRecord
+	(*ListRequest)(nil),        // 47: dstm.lease.v1.ListRequest
+	(*LeaseInfo)(nil),          // 48: dstm.lease.v1.LeaseInfo
+	(*WhoRequest)(nil),         // 49: dstm.lease.v1.WhoRequest
+	(*WhoReply)(nil),           // 50: dstm.lease.v1.WhoReply
+	(*Holding)(nil),            // 51: dstm.lease.v1.Holding
+	(*AuditExportRequest)(nil), // 52: dstm.lease.v1.AuditExportRequest
+	(*AuditEvent)(nil),         // 53: dstm.lease.v1.AuditEvent
+	(*BackupRequest)(nil),      // 54: dstm.lease.v1.BackupRequest
+	(*BackupChunk)(nil),        // 55: dstm.lease.v1.BackupChunk
+	(*PoolsRequest)(nil),       // 56: dstm.lease.v1.PoolsRequest
+	(*PoolInfo)(nil),           // 57: dstm.lease.v1.PoolInfo
+	(*PoolsReply)(nil),         // 58: dstm.lease.v1.PoolsReply
+	(*TepsRequest)(nil),        // 59: dstm.lease.v1.TepsRequest
+	(*TepInfo)(nil),            // 60: dstm.lease.v1.TepInfo
+	(*FenceTepRequest)(nil),    // 61: dstm.lease.v1.FenceTepRequest
+	(*FenceTepReply)(nil),      // 62: dstm.lease.v1.FenceTepReply
+	(*RemoveTepRequest)(nil),   // 63: dstm.lease.v1.RemoveTepRequest
+	(*RemoveTepReply)(nil),     // 64: dstm.lease.v1.RemoveTepReply
+	(*TepsReply)(nil),          // 65: dstm.lease.v1.TepsReply
+	(*RevokeRequest)(nil),      // 66: dstm.lease.v1.RevokeRequest
+	(*RevokeReply)(nil),        // 67: dstm.lease.v1.RevokeReply
 }
 var file_dstm_lease_v1_lease_proto_depIdxs = []int32{
 	4,  // 0: dstm.lease.v1.LeaseRef.res:type_name -> dstm.lease.v1.Resource
@@ -4626,80 +5141,89 @@ var file_dstm_lease_v1_lease_proto_depIdxs = []int32{
 	2,  // 12: dstm.lease.v1.Revoke.reason:type_name -> dstm.lease.v1.Reason
 	4,  // 13: dstm.lease.v1.BindRequest.want:type_name -> dstm.lease.v1.Resource
 	1,  // 14: dstm.lease.v1.BindRequest.trigger:type_name -> dstm.lease.v1.Trigger
-	4,  // 15: dstm.lease.v1.Lease.res:type_name -> dstm.lease.v1.Resource
-	5,  // 16: dstm.lease.v1.RenewRequest.lease:type_name -> dstm.lease.v1.LeaseRef
-	5,  // 17: dstm.lease.v1.ReleaseRequest.lease:type_name -> dstm.lease.v1.LeaseRef
-	2,  // 18: dstm.lease.v1.ReleaseRequest.reason:type_name -> dstm.lease.v1.Reason
-	20, // 19: dstm.lease.v1.WatchRequest.clients:type_name -> dstm.lease.v1.Prefix
-	23, // 20: dstm.lease.v1.HostEvent.upsert:type_name -> dstm.lease.v1.HostState
-	24, // 21: dstm.lease.v1.HostEvent.pool:type_name -> dstm.lease.v1.PoolState
-	2,  // 22: dstm.lease.v1.HostState.refused:type_name -> dstm.lease.v1.Reason
-	0,  // 23: dstm.lease.v1.HintReply.state:type_name -> dstm.lease.v1.HintState
-	2,  // 24: dstm.lease.v1.HintReply.reason:type_name -> dstm.lease.v1.Reason
-	28, // 25: dstm.lease.v1.SyncUp.hello:type_name -> dstm.lease.v1.TepHello
-	29, // 26: dstm.lease.v1.SyncUp.beat:type_name -> dstm.lease.v1.Heartbeat
-	30, // 27: dstm.lease.v1.SyncUp.ack:type_name -> dstm.lease.v1.Ack
-	34, // 28: dstm.lease.v1.TepHello.question:type_name -> dstm.lease.v1.Endpoint
-	31, // 29: dstm.lease.v1.Ack.nacks:type_name -> dstm.lease.v1.Nack
-	4,  // 30: dstm.lease.v1.Nack.res:type_name -> dstm.lease.v1.Resource
-	33, // 31: dstm.lease.v1.SyncDown.session:type_name -> dstm.lease.v1.SessionReply
-	38, // 32: dstm.lease.v1.SyncDown.snapshot:type_name -> dstm.lease.v1.SnapshotChunk
-	39, // 33: dstm.lease.v1.SyncDown.batch:type_name -> dstm.lease.v1.Batch
-	35, // 34: dstm.lease.v1.SessionReply.others:type_name -> dstm.lease.v1.Peer
-	34, // 35: dstm.lease.v1.Peer.question:type_name -> dstm.lease.v1.Endpoint
-	40, // 36: dstm.lease.v1.SnapshotChunk.records:type_name -> dstm.lease.v1.Record
-	40, // 37: dstm.lease.v1.Batch.records:type_name -> dstm.lease.v1.Record
-	41, // 38: dstm.lease.v1.Record.bind:type_name -> dstm.lease.v1.Binding
-	42, // 39: dstm.lease.v1.Record.unbind:type_name -> dstm.lease.v1.Unbind
-	43, // 40: dstm.lease.v1.Record.pool:type_name -> dstm.lease.v1.PoolRecord
-	4,  // 41: dstm.lease.v1.Binding.res:type_name -> dstm.lease.v1.Resource
-	4,  // 42: dstm.lease.v1.Unbind.res:type_name -> dstm.lease.v1.Resource
-	4,  // 43: dstm.lease.v1.LeaseInfo.res:type_name -> dstm.lease.v1.Resource
-	48, // 44: dstm.lease.v1.WhoReply.holdings:type_name -> dstm.lease.v1.Holding
-	4,  // 45: dstm.lease.v1.Holding.res:type_name -> dstm.lease.v1.Resource
-	2,  // 46: dstm.lease.v1.Holding.end:type_name -> dstm.lease.v1.Reason
-	3,  // 47: dstm.lease.v1.AuditEvent.kind:type_name -> dstm.lease.v1.AuditKind
-	4,  // 48: dstm.lease.v1.AuditEvent.res:type_name -> dstm.lease.v1.Resource
-	1,  // 49: dstm.lease.v1.AuditEvent.trigger:type_name -> dstm.lease.v1.Trigger
-	2,  // 50: dstm.lease.v1.AuditEvent.end:type_name -> dstm.lease.v1.Reason
-	54, // 51: dstm.lease.v1.PoolsReply.pools:type_name -> dstm.lease.v1.PoolInfo
-	57, // 52: dstm.lease.v1.TepsReply.teps:type_name -> dstm.lease.v1.TepInfo
-	4,  // 53: dstm.lease.v1.RevokeRequest.res:type_name -> dstm.lease.v1.Resource
-	6,  // 54: dstm.lease.v1.Hosts.Attend:input_type -> dstm.lease.v1.AttendUp
-	15, // 55: dstm.lease.v1.Hosts.Bind:input_type -> dstm.lease.v1.BindRequest
-	17, // 56: dstm.lease.v1.Hosts.Renew:input_type -> dstm.lease.v1.RenewRequest
-	18, // 57: dstm.lease.v1.Hosts.Release:input_type -> dstm.lease.v1.ReleaseRequest
-	21, // 58: dstm.lease.v1.Resolvers.WatchHosts:input_type -> dstm.lease.v1.WatchRequest
-	25, // 59: dstm.lease.v1.Resolvers.Hint:input_type -> dstm.lease.v1.HintRequest
-	27, // 60: dstm.lease.v1.Teps.Sync:input_type -> dstm.lease.v1.SyncUp
-	36, // 61: dstm.lease.v1.Gateways.Question:input_type -> dstm.lease.v1.QuestionRequest
-	44, // 62: dstm.lease.v1.Operators.ListLeases:input_type -> dstm.lease.v1.ListRequest
-	46, // 63: dstm.lease.v1.Operators.Who:input_type -> dstm.lease.v1.WhoRequest
-	53, // 64: dstm.lease.v1.Operators.Pools:input_type -> dstm.lease.v1.PoolsRequest
-	56, // 65: dstm.lease.v1.Operators.ListTeps:input_type -> dstm.lease.v1.TepsRequest
-	59, // 66: dstm.lease.v1.Operators.Revoke:input_type -> dstm.lease.v1.RevokeRequest
-	49, // 67: dstm.lease.v1.Operators.AuditExport:input_type -> dstm.lease.v1.AuditExportRequest
-	51, // 68: dstm.lease.v1.Operators.Backup:input_type -> dstm.lease.v1.BackupRequest
-	10, // 69: dstm.lease.v1.Hosts.Attend:output_type -> dstm.lease.v1.AttendDown
-	16, // 70: dstm.lease.v1.Hosts.Bind:output_type -> dstm.lease.v1.Lease
-	16, // 71: dstm.lease.v1.Hosts.Renew:output_type -> dstm.lease.v1.Lease
-	19, // 72: dstm.lease.v1.Hosts.Release:output_type -> dstm.lease.v1.ReleaseReply
-	22, // 73: dstm.lease.v1.Resolvers.WatchHosts:output_type -> dstm.lease.v1.HostEvent
-	26, // 74: dstm.lease.v1.Resolvers.Hint:output_type -> dstm.lease.v1.HintReply
-	32, // 75: dstm.lease.v1.Teps.Sync:output_type -> dstm.lease.v1.SyncDown
-	37, // 76: dstm.lease.v1.Gateways.Question:output_type -> dstm.lease.v1.QuestionReply
-	45, // 77: dstm.lease.v1.Operators.ListLeases:output_type -> dstm.lease.v1.LeaseInfo
-	47, // 78: dstm.lease.v1.Operators.Who:output_type -> dstm.lease.v1.WhoReply
-	55, // 79: dstm.lease.v1.Operators.Pools:output_type -> dstm.lease.v1.PoolsReply
-	58, // 80: dstm.lease.v1.Operators.ListTeps:output_type -> dstm.lease.v1.TepsReply
-	60, // 81: dstm.lease.v1.Operators.Revoke:output_type -> dstm.lease.v1.RevokeReply
-	50, // 82: dstm.lease.v1.Operators.AuditExport:output_type -> dstm.lease.v1.AuditEvent
-	52, // 83: dstm.lease.v1.Operators.Backup:output_type -> dstm.lease.v1.BackupChunk
-	69, // [69:84] is the sub-list for method output_type
-	54, // [54:69] is the sub-list for method input_type
-	54, // [54:54] is the sub-list for extension type_name
-	54, // [54:54] is the sub-list for extension extendee
-	0,  // [0:54] is the sub-list for field type_name
+	16, // 15: dstm.lease.v1.BindRequest.held:type_name -> dstm.lease.v1.Held
+	5,  // 16: dstm.lease.v1.Held.lease:type_name -> dstm.lease.v1.LeaseRef
+	4,  // 17: dstm.lease.v1.Lease.res:type_name -> dstm.lease.v1.Resource
+	5,  // 18: dstm.lease.v1.RenewRequest.lease:type_name -> dstm.lease.v1.LeaseRef
+	5,  // 19: dstm.lease.v1.ReleaseRequest.lease:type_name -> dstm.lease.v1.LeaseRef
+	2,  // 20: dstm.lease.v1.ReleaseRequest.reason:type_name -> dstm.lease.v1.Reason
+	21, // 21: dstm.lease.v1.WatchRequest.clients:type_name -> dstm.lease.v1.Prefix
+	24, // 22: dstm.lease.v1.HostEvent.upsert:type_name -> dstm.lease.v1.HostState
+	25, // 23: dstm.lease.v1.HostEvent.pool:type_name -> dstm.lease.v1.PoolState
+	2,  // 24: dstm.lease.v1.HostState.refused:type_name -> dstm.lease.v1.Reason
+	0,  // 25: dstm.lease.v1.HintReply.state:type_name -> dstm.lease.v1.HintState
+	2,  // 26: dstm.lease.v1.HintReply.reason:type_name -> dstm.lease.v1.Reason
+	29, // 27: dstm.lease.v1.SyncUp.hello:type_name -> dstm.lease.v1.TepHello
+	30, // 28: dstm.lease.v1.SyncUp.beat:type_name -> dstm.lease.v1.Heartbeat
+	31, // 29: dstm.lease.v1.SyncUp.ack:type_name -> dstm.lease.v1.Ack
+	33, // 30: dstm.lease.v1.SyncUp.table:type_name -> dstm.lease.v1.TableChunk
+	37, // 31: dstm.lease.v1.TepHello.question:type_name -> dstm.lease.v1.Endpoint
+	32, // 32: dstm.lease.v1.Ack.nacks:type_name -> dstm.lease.v1.Nack
+	4,  // 33: dstm.lease.v1.Nack.res:type_name -> dstm.lease.v1.Resource
+	44, // 34: dstm.lease.v1.TableChunk.held:type_name -> dstm.lease.v1.Binding
+	36, // 35: dstm.lease.v1.SyncDown.session:type_name -> dstm.lease.v1.SessionReply
+	41, // 36: dstm.lease.v1.SyncDown.snapshot:type_name -> dstm.lease.v1.SnapshotChunk
+	42, // 37: dstm.lease.v1.SyncDown.batch:type_name -> dstm.lease.v1.Batch
+	35, // 38: dstm.lease.v1.SyncDown.upload:type_name -> dstm.lease.v1.UploadTable
+	38, // 39: dstm.lease.v1.SessionReply.others:type_name -> dstm.lease.v1.Peer
+	37, // 40: dstm.lease.v1.Peer.question:type_name -> dstm.lease.v1.Endpoint
+	43, // 41: dstm.lease.v1.SnapshotChunk.records:type_name -> dstm.lease.v1.Record
+	43, // 42: dstm.lease.v1.Batch.records:type_name -> dstm.lease.v1.Record
+	44, // 43: dstm.lease.v1.Record.bind:type_name -> dstm.lease.v1.Binding
+	45, // 44: dstm.lease.v1.Record.unbind:type_name -> dstm.lease.v1.Unbind
+	46, // 45: dstm.lease.v1.Record.pool:type_name -> dstm.lease.v1.PoolRecord
+	4,  // 46: dstm.lease.v1.Binding.res:type_name -> dstm.lease.v1.Resource
+	4,  // 47: dstm.lease.v1.Unbind.res:type_name -> dstm.lease.v1.Resource
+	4,  // 48: dstm.lease.v1.LeaseInfo.res:type_name -> dstm.lease.v1.Resource
+	51, // 49: dstm.lease.v1.WhoReply.holdings:type_name -> dstm.lease.v1.Holding
+	4,  // 50: dstm.lease.v1.Holding.res:type_name -> dstm.lease.v1.Resource
+	2,  // 51: dstm.lease.v1.Holding.end:type_name -> dstm.lease.v1.Reason
+	3,  // 52: dstm.lease.v1.AuditEvent.kind:type_name -> dstm.lease.v1.AuditKind
+	4,  // 53: dstm.lease.v1.AuditEvent.res:type_name -> dstm.lease.v1.Resource
+	1,  // 54: dstm.lease.v1.AuditEvent.trigger:type_name -> dstm.lease.v1.Trigger
+	2,  // 55: dstm.lease.v1.AuditEvent.end:type_name -> dstm.lease.v1.Reason
+	57, // 56: dstm.lease.v1.PoolsReply.pools:type_name -> dstm.lease.v1.PoolInfo
+	60, // 57: dstm.lease.v1.TepsReply.teps:type_name -> dstm.lease.v1.TepInfo
+	4,  // 58: dstm.lease.v1.RevokeRequest.res:type_name -> dstm.lease.v1.Resource
+	6,  // 59: dstm.lease.v1.Hosts.Attend:input_type -> dstm.lease.v1.AttendUp
+	15, // 60: dstm.lease.v1.Hosts.Bind:input_type -> dstm.lease.v1.BindRequest
+	18, // 61: dstm.lease.v1.Hosts.Renew:input_type -> dstm.lease.v1.RenewRequest
+	19, // 62: dstm.lease.v1.Hosts.Release:input_type -> dstm.lease.v1.ReleaseRequest
+	22, // 63: dstm.lease.v1.Resolvers.WatchHosts:input_type -> dstm.lease.v1.WatchRequest
+	26, // 64: dstm.lease.v1.Resolvers.Hint:input_type -> dstm.lease.v1.HintRequest
+	28, // 65: dstm.lease.v1.Teps.Sync:input_type -> dstm.lease.v1.SyncUp
+	39, // 66: dstm.lease.v1.Gateways.Question:input_type -> dstm.lease.v1.QuestionRequest
+	47, // 67: dstm.lease.v1.Operators.ListLeases:input_type -> dstm.lease.v1.ListRequest
+	49, // 68: dstm.lease.v1.Operators.Who:input_type -> dstm.lease.v1.WhoRequest
+	56, // 69: dstm.lease.v1.Operators.Pools:input_type -> dstm.lease.v1.PoolsRequest
+	59, // 70: dstm.lease.v1.Operators.ListTeps:input_type -> dstm.lease.v1.TepsRequest
+	66, // 71: dstm.lease.v1.Operators.Revoke:input_type -> dstm.lease.v1.RevokeRequest
+	61, // 72: dstm.lease.v1.Operators.FenceTep:input_type -> dstm.lease.v1.FenceTepRequest
+	63, // 73: dstm.lease.v1.Operators.RemoveTep:input_type -> dstm.lease.v1.RemoveTepRequest
+	52, // 74: dstm.lease.v1.Operators.AuditExport:input_type -> dstm.lease.v1.AuditExportRequest
+	54, // 75: dstm.lease.v1.Operators.Backup:input_type -> dstm.lease.v1.BackupRequest
+	10, // 76: dstm.lease.v1.Hosts.Attend:output_type -> dstm.lease.v1.AttendDown
+	17, // 77: dstm.lease.v1.Hosts.Bind:output_type -> dstm.lease.v1.Lease
+	17, // 78: dstm.lease.v1.Hosts.Renew:output_type -> dstm.lease.v1.Lease
+	20, // 79: dstm.lease.v1.Hosts.Release:output_type -> dstm.lease.v1.ReleaseReply
+	23, // 80: dstm.lease.v1.Resolvers.WatchHosts:output_type -> dstm.lease.v1.HostEvent
+	27, // 81: dstm.lease.v1.Resolvers.Hint:output_type -> dstm.lease.v1.HintReply
+	34, // 82: dstm.lease.v1.Teps.Sync:output_type -> dstm.lease.v1.SyncDown
+	40, // 83: dstm.lease.v1.Gateways.Question:output_type -> dstm.lease.v1.QuestionReply
+	48, // 84: dstm.lease.v1.Operators.ListLeases:output_type -> dstm.lease.v1.LeaseInfo
+	50, // 85: dstm.lease.v1.Operators.Who:output_type -> dstm.lease.v1.WhoReply
+	58, // 86: dstm.lease.v1.Operators.Pools:output_type -> dstm.lease.v1.PoolsReply
+	65, // 87: dstm.lease.v1.Operators.ListTeps:output_type -> dstm.lease.v1.TepsReply
+	67, // 88: dstm.lease.v1.Operators.Revoke:output_type -> dstm.lease.v1.RevokeReply
+	62, // 89: dstm.lease.v1.Operators.FenceTep:output_type -> dstm.lease.v1.FenceTepReply
+	64, // 90: dstm.lease.v1.Operators.RemoveTep:output_type -> dstm.lease.v1.RemoveTepReply
+	53, // 91: dstm.lease.v1.Operators.AuditExport:output_type -> dstm.lease.v1.AuditEvent
+	55, // 92: dstm.lease.v1.Operators.Backup:output_type -> dstm.lease.v1.BackupChunk
+	76, // [76:93] is the sub-list for method output_type
+	59, // [59:76] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_dstm_lease_v1_lease_proto_init() }
@@ -4717,23 +5241,25 @@ func file_dstm_lease_v1_lease_proto_init() {
 		(*AttendDown_Offer)(nil),
 		(*AttendDown_Revoke)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[18].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[19].OneofWrappers = []any{
 		(*HostEvent_Upsert)(nil),
 		(*HostEvent_Delete)(nil),
 		(*HostEvent_InSync)(nil),
 		(*HostEvent_Pool)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[23].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[24].OneofWrappers = []any{
 		(*SyncUp_Hello)(nil),
 		(*SyncUp_Beat)(nil),
 		(*SyncUp_Ack)(nil),
+		(*SyncUp_Table)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[28].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[30].OneofWrappers = []any{
 		(*SyncDown_Session)(nil),
 		(*SyncDown_Snapshot)(nil),
 		(*SyncDown_Batch)(nil),
+		(*SyncDown_Upload)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[36].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[39].OneofWrappers = []any{
 		(*Record_Bind)(nil),
 		(*Record_Unbind)(nil),
 		(*Record_Pool)(nil),
@@ -4744,7 +5270,7 @@ func file_dstm_lease_v1_lease_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dstm_lease_v1_lease_proto_rawDesc), len(file_dstm_lease_v1_lease_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   57,
+			NumMessages:   64,
 			NumExtensions: 0,
 			NumServices:   5,
 		},

@@ -620,6 +620,8 @@ const (
 	Operators_Pools_FullMethodName       = "/dstm.lease.v1.Operators/Pools"
 	Operators_ListTeps_FullMethodName    = "/dstm.lease.v1.Operators/ListTeps"
 	Operators_Revoke_FullMethodName      = "/dstm.lease.v1.Operators/Revoke"
+	Operators_FenceTep_FullMethodName    = "/dstm.lease.v1.Operators/FenceTep"
+	Operators_RemoveTep_FullMethodName   = "/dstm.lease.v1.Operators/RemoveTep"
 	Operators_AuditExport_FullMethodName = "/dstm.lease.v1.Operators/AuditExport"
 	Operators_Backup_FullMethodName      = "/dstm.lease.v1.Operators/Backup"
 )
@@ -635,6 +637,10 @@ type OperatorsClient interface {
 	Pools(ctx context.Context, in *PoolsRequest, opts ...grpc.CallOption) (*PoolsReply, error)
 	ListTeps(ctx context.Context, in *TepsRequest, opts ...grpc.CallOption) (*TepsReply, error)
 	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeReply, error)
+	// FenceTep takes the operator's word that a TEP without a stream is off: nothing waits for it until it says Hello.
+	FenceTep(ctx context.Context, in *FenceTepRequest, opts ...grpc.CallOption) (*FenceTepReply, error)
+	// RemoveTep takes a fenced TEP out of the fence set.
+	RemoveTep(ctx context.Context, in *RemoveTepRequest, opts ...grpc.CallOption) (*RemoveTepReply, error)
 	// AuditExport streams the audit log in order of revision, and with follow what is written from then on.
 	AuditExport(ctx context.Context, in *AuditExportRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AuditEvent], error)
 	// Backup streams a consistent copy of the store while it goes on. The last chunk has the digest and no data.
@@ -708,6 +714,26 @@ func (c *operatorsClient) Revoke(ctx context.Context, in *RevokeRequest, opts ..
 	return out, nil
 }
 
+func (c *operatorsClient) FenceTep(ctx context.Context, in *FenceTepRequest, opts ...grpc.CallOption) (*FenceTepReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(FenceTepReply)
+	err := c.cc.Invoke(ctx, Operators_FenceTep_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *operatorsClient) RemoveTep(ctx context.Context, in *RemoveTepRequest, opts ...grpc.CallOption) (*RemoveTepReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RemoveTepReply)
+	err := c.cc.Invoke(ctx, Operators_RemoveTep_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *operatorsClient) AuditExport(ctx context.Context, in *AuditExportRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AuditEvent], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Operators_ServiceDesc.Streams[1], Operators_AuditExport_FullMethodName, cOpts...)
@@ -757,6 +783,10 @@ type OperatorsServer interface {
 	Pools(context.Context, *PoolsRequest) (*PoolsReply, error)
 	ListTeps(context.Context, *TepsRequest) (*TepsReply, error)
 	Revoke(context.Context, *RevokeRequest) (*RevokeReply, error)
+	// FenceTep takes the operator's word that a TEP without a stream is off: nothing waits for it until it says Hello.
+	FenceTep(context.Context, *FenceTepRequest) (*FenceTepReply, error)
+	// RemoveTep takes a fenced TEP out of the fence set.
+	RemoveTep(context.Context, *RemoveTepRequest) (*RemoveTepReply, error)
 	// AuditExport streams the audit log in order of revision, and with follow what is written from then on.
 	AuditExport(*AuditExportRequest, grpc.ServerStreamingServer[AuditEvent]) error
 	// Backup streams a consistent copy of the store while it goes on. The last chunk has the digest and no data.
@@ -785,6 +815,12 @@ func (UnimplementedOperatorsServer) ListTeps(context.Context, *TepsRequest) (*Te
 }
 func (UnimplementedOperatorsServer) Revoke(context.Context, *RevokeRequest) (*RevokeReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Revoke not implemented")
+}
+func (UnimplementedOperatorsServer) FenceTep(context.Context, *FenceTepRequest) (*FenceTepReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method FenceTep not implemented")
+}
+func (UnimplementedOperatorsServer) RemoveTep(context.Context, *RemoveTepRequest) (*RemoveTepReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method RemoveTep not implemented")
 }
 func (UnimplementedOperatorsServer) AuditExport(*AuditExportRequest, grpc.ServerStreamingServer[AuditEvent]) error {
 	return status.Error(codes.Unimplemented, "method AuditExport not implemented")
@@ -896,6 +932,42 @@ func _Operators_Revoke_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Operators_FenceTep_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FenceTepRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OperatorsServer).FenceTep(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Operators_FenceTep_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OperatorsServer).FenceTep(ctx, req.(*FenceTepRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Operators_RemoveTep_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RemoveTepRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OperatorsServer).RemoveTep(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Operators_RemoveTep_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OperatorsServer).RemoveTep(ctx, req.(*RemoveTepRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Operators_AuditExport_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(AuditExportRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -940,6 +1012,14 @@ var Operators_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Revoke",
 			Handler:    _Operators_Revoke_Handler,
+		},
+		{
+			MethodName: "FenceTep",
+			Handler:    _Operators_FenceTep_Handler,
+		},
+		{
+			MethodName: "RemoveTep",
+			Handler:    _Operators_RemoveTep_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

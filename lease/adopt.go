@@ -1,0 +1,65 @@
+package lease
+
+import (
+	"net/netip"
+	"strings"
+)
+
+// Adopt says what a gateway holds that the store, restored from an older copy, may not know: the lease under the highest
+// generation that any gateway has for the resource. It is for the time before anything is leased again: everybody who may
+// still forward has said what it holds, and nobody forwards for an older generation of this resource any more.
+//
+// A lease that the store does not know is kept for whoever comes from its tunnel source, under the name of that source.
+type Adopt struct{ Binding }
+
+func (Adopt) event() {}
+
+// unknownHost begins the identity of a holder of whom only the tunnel source is known. It cannot be one of a certificate.
+const unknownHost = "unknown@"
+
+// UnknownHost returns the identity under which an adopted lease is kept.
+func UnknownHost(source netip.Addr) string { return unknownHost + source.String() }
+
+func (c *Core) adopt(now Now, b Binding) {
+	i, ok := c.index(b.Resource)
+	if !ok {
+		return
+	}
+	e := &c.entries[i]
+	if e.Gen >= b.Gen || e.State == Conflict || e.excluded || e.cut {
+		return // the store knows as much, or the address is not one to lease
+	}
+	host, valid := UnknownHost(b.Host), c.cfg.Timers.Valid
+	if e.State == Bound && e.Source == b.Host { // bound again since the copy was made
+		host, valid = e.Host, e.Valid
+	}
+	c.supersede(now, i, ReasonExpired)
+	if _, other := c.cell.Where(host); other { // one source, two addresses: the other one has been adopted already
+		host += "/" + b.Resource.String()
+	}
+	c.hold(now, i, Bind{Host: host, Source: b.Host, MTU: b.MTU}, b.TEP, max(valid, c.restartGrace()))
+}
+
+// supersede ends what an address is in the middle of, with its audit record, because a newer lease of it takes its place
+// and nobody can forward for the older one, or only to the same host.
+func (c *Core) supersede(now Now, i int32, reason Reason) {
+	e := &c.entries[i]
+	if e.State == Bound {
+		c.end(now, i, reason)
+	}
+	if e.State == Revoking {
+		e.Rev = c.cell.NextRev()
+		e.FencedAt = now.Wall
+		c.commit(i, Record{Rev: e.Rev}, true)
+	}
+}
+
+// claim finds the adopted lease of a host that is known by its tunnel source alone.
+func (c *Core) claim(ev Bind) (int32, bool) {
+	r, ok := c.cell.Where(UnknownHost(ev.Source))
+	if !ok || strings.HasPrefix(ev.Host, unknownHost) {
+		return 0, false
+	}
+	i, here := c.index(r)
+	return i, here && c.entries[i].TEP == c.cfg.Pool.TEP
+}

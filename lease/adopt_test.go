@@ -1,0 +1,75 @@
+package lease_test
+
+import (
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/dstm-project/dstm/lease"
+)
+
+// TestAdopt: a store restored from a copy learns from gateways what was leased since, before it leases anything.
+func TestAdopt(t *testing.T) {
+	rec := func(last byte, s lease.State, rev lease.Rev, host string, source netip.Addr) lease.Address {
+		return lease.Address{
+			Resource: lease.Whole(netip.AddrFrom4([4]byte{198, 51, 100, last})), State: s, Gen: lease.MakeGen(1, rev), Rev: rev,
+			Host: host, Source: source, TEP: tepA, Valid: time.Minute,
+		}
+	}
+	held := func(last byte, rev lease.Rev, source netip.Addr) lease.Adopt {
+		return lease.Adopt{Binding: lease.Binding{
+			Resource: lease.Whole(netip.AddrFrom4([4]byte{198, 51, 100, last})), Host: source, TEP: tepA, Gen: lease.MakeGen(1, rev), MTU: 1440,
+		}}
+	}
+	c, err := lease.NewCore(config("198.51.100.0/28"), lease.NewCell(2, 10, 0), at(0), []lease.Address{
+		rec(1, lease.Bound, 1, "same", srcA), rec(2, lease.Bound, 2, "older", srcB), rec(3, lease.Free, 3, "gone", srcC),
+		rec(4, lease.Revoking, 4, "ending", srcC), rec(5, lease.Bound, 9, "newer", srcC),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, e, f := netip.MustParseAddr("2001:db8:1::d"), netip.MustParseAddr("2001:db8:1::e"), netip.MustParseAddr("2001:db8:1::f")
+	var last lease.Rev
+	for _, ev := range []lease.Adopt{held(1, 20, srcA), held(2, 21, d), held(3, 22, e), held(4, 23, f), held(5, 8, d), held(6, 24, srcB)} {
+		for _, cm := range c.Step(at(0), ev).Commits {
+			if cm.Rev <= last {
+				t.Errorf("revision %d after %d", cm.Rev, last)
+			}
+			last = cm.Rev
+		}
+	}
+	want := map[string]string{"1": "same", "2": "unknown@2001:db8:1::d", "3": "unknown@2001:db8:1::e", "4": "unknown@2001:db8:1::f", "5": "newer", "6": "unknown@2001:db8:1::b"}
+	n := 0
+	for in := range c.All(0) {
+		n++
+		b := in.Addr.As4()
+		if key := string('0' + rune(b[3])); in.State != lease.Bound || in.Host != want[key] {
+			t.Errorf("%s is %s of %s, want BOUND of %s", in.Addr, in.State, in.Host, want[key])
+		}
+		if b[3] != 5 && in.Gen.Epoch() != 2 {
+			t.Errorf("%s has generation %s: want one of the new epoch", in.Addr, in.Gen)
+		}
+	}
+	if n != 6 {
+		t.Errorf("%d addresses, want 6", n)
+	}
+
+	// Whoever comes from the source takes its lease, at once, and gives up what the copy knew of it.
+	a := c.Step(at(time.Second), lease.Bind{Host: "older", Source: d})
+	if g := grant(t, a); g.Addr.String() != "198.51.100.2" || g.Host != "older" {
+		t.Errorf("the host at %s got %+v", d, g)
+	}
+	a = c.Step(at(time.Second), lease.Bind{Host: "new", Source: srcB})
+	if g := grant(t, a); g.Addr.String() != "198.51.100.6" {
+		t.Errorf("the host at %s got %+v", srcB, g)
+	}
+	for _, cm := range a.Commits[:len(a.Commits)-1] {
+		if cm.Audit.Host != "unknown@2001:db8:1::b" || cm.Audit.Unbound.IsZero() {
+			t.Errorf("audit of the holder without a name: %+v", cm.Audit)
+		}
+	}
+	// The others are leases as any: they end.
+	if a := c.Step(at(time.Hour), lease.Tick{}); len(a.Ended) != 6 {
+		t.Errorf("%d leases ended, want all 6", len(a.Ended))
+	}
+}
