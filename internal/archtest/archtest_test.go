@@ -57,6 +57,8 @@ var onlyImporters = []struct {
 	{"github.com/google/nftables", []string{"internal/netcfg", "hostd"}},
 	{"github.com/cilium/ebpf", []string{"dataplane/tc"}},
 	{"go.etcd.io/bbolt", []string{"leasesvc/store/boltstore"}},
+	{"go.etcd.io/etcd/client", []string{"leasesvc/store/etcdstore", "leasesvc/store/etcdstore/etcdtest"}},
+	{"go.etcd.io/etcd/server", []string{"leasesvc/store/etcdstore/etcdtest"}}, // members for tests
 	{"github.com/caddyserver/certmagic", []string{"internal/acme"}},
 	{"github.com/coredns", []string{"plugin/dstm", "cmd/coredns"}},
 	{"github.com/spf13/cobra", []string{"cmd/dstm", "hack/man"}},
@@ -67,8 +69,8 @@ var libraries = []string{"plugin/dstm", "leasesvc", "tepd", "hostd"}
 
 // adapters are constructed in cmd and handed in.
 var adapters = []string{
-	"bgp/gobgp", "bgp/speaker", "dataplane/tc", "leasesvc/store/boltstore", "leasesvc/policy/external",
-	"leasesvc/policy/policyplugin", "internal/acme", "internal/plugproc",
+	"bgp/gobgp", "bgp/speaker", "dataplane/tc", "leasesvc/store/boltstore", "leasesvc/store/etcdstore",
+	"leasesvc/policy/external", "leasesvc/policy/policyplugin", "internal/acme", "internal/plugproc",
 }
 
 // stdlibOnly packages import nothing but the standard library and each other.
@@ -191,6 +193,8 @@ func TestRulesCanFail(t *testing.T) {
 		{"leasesvc/policy/policyplugin", "github.com/hashicorp/go-plugin"},
 		{"examples/policy-webhook", module + "internal/plugproc"},
 		{"leasesvc/policy/external", module + "examples/policy-webhook"},
+		{"leasesvc", "go.etcd.io/etcd/client/v3"},
+		{"leasesvc/store/etcdstore", "go.etcd.io/etcd/server/v3/embed"},
 	} {
 		if len(violations([]pkg{{ImportPath: module + c.from, Imports: []string{c.to}}})) == 0 {
 			t.Errorf("%s importing %s is not found", c.from, c.to)

@@ -77,10 +77,10 @@ func testWho(seed uint64) func(*testing.T, Opener) {
 		m := newModel(seed, load(t, s).State)
 		for range 5 {
 			history(t, s, m, 80)
-			m.compare(t, s, 10)
+			m.compare(t, s, 4)
 			closeStore(t, s)
 			s = open(t, 0)
-			m.compare(t, s, 10)
+			m.compare(t, s, 4)
 		}
 		closeStore(t, s)
 	}
@@ -170,11 +170,11 @@ func testPrune(t *testing.T, open Opener) {
 				t.Fatalf("record %d has no chain: want one, it is newer than what was pruned", ev.Rev)
 			}
 		}
-		m.compare(t, s, 10)
+		m.compare(t, s, 4)
 	}
 	prune(t, s, m.now.Add(time.Hour))
 	m.forget(m.now.Add(time.Hour))
-	m.compare(t, s, 10)
+	m.compare(t, s, 4)
 	closeStore(t, s)
 }
 

@@ -145,15 +145,20 @@ func (m *model) compare(t *testing.T, s store.Store, n int) {
 		at := m.times[m.rng.IntN(len(m.times))]
 		ask = append(ask, at, at.Add(1), at.Add(-1), t0.Add(time.Duration(m.rng.Int64N(int64(m.now.Sub(t0))))))
 	}
+	var addrs []netip.Addr
+	for _, r := range m.slots {
+		addrs = append(addrs, r.addr.Addr)
+	}
+	addrs = slices.Compact(addrs) // resources are in order of addresses
 	for _, at := range ask {
-		for _, r := range m.slots {
+		for _, addr := range addrs {
 			var got []lease.Audit
-			err := s.History(t.Context(), r.addr.Addr, at, func(a lease.Audit) bool { got = append(got, a); return true })
+			err := s.History(t.Context(), addr, at, func(a lease.Audit) bool { got = append(got, a); return true })
 			if err != nil {
 				t.Fatal(err)
 			}
-			if d := gocmp.Diff(m.who(r.addr.Addr, at), got, same); d != "" {
-				t.Fatalf("%s at %s: -want +got\n%s", r.addr.Addr, at, d)
+			if d := gocmp.Diff(m.who(addr, at), got, same); d != "" {
+				t.Fatalf("%s at %s: -want +got\n%s", addr, at, d)
 			}
 			only(t, got, at)
 		}
