@@ -26,11 +26,6 @@ func TestRevoked(t *testing.T) {
 	w.stop()
 	w.crl = crl
 	w.up()
-	watch, cancel := context.WithCancel(t.Context())
-	done := make(chan struct{})
-	go func() { defer close(done); _ = w.id.Watch(watch) }()
-	defer func() { cancel(); <-done }()
-
 	files, err := pki.Issue(w.ca, t.TempDir(), tlsid.ID{TrustDomain: "example.net", Cell: "lab", Role: tlsid.RoleHost, Name: "stolen"}, pki.Options{})
 	if err != nil {
 		t.Fatal(err)

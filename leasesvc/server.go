@@ -80,7 +80,6 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	}
 	s.hosts.init()
 	s.limits = newLimits(cfg.Limits, s.m)
-	d.TLS.OnReload(s.endRevoked)
 	st, err := d.Store.Load(ctx)
 	if err != nil {
 		return nil, err
@@ -273,6 +272,7 @@ func (s *Server) sweepOnce() time.Duration {
 
 // Tasks returns the parts of the service that run: the gRPC listener, the sweeper and the certificate watcher.
 func (s *Server) Tasks(l net.Listener) []daemon.Task {
+	s.d.TLS.OnReload(s.endRevoked)
 	return []daemon.Task{
 		daemon.NewTask("grpc", func(ctx context.Context, ready func()) error { return s.serve(ctx, l, ready) }),
 		daemon.NewTask("sweeper", s.sweep),

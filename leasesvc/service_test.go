@@ -42,7 +42,6 @@ type world struct {
 	store  *countingStore
 	wrap   func(store.Store) store.Store // of the next start
 	crl    string
-	id     *tlsid.Source // of the service
 }
 
 // countingStore counts transactions that hold events of addresses.
@@ -123,8 +122,8 @@ func (w *world) upWith(d leasesvc.Deps) {
 	if w.wrap != nil {
 		w.store.Store = w.wrap(st)
 	}
-	w.id = w.identity(tlsid.RoleSvc, "lease1")
-	d.Store, d.TLS, d.Log = w.store, w.id, slog.New(slog.DiscardHandler)
+	id := w.identity(tlsid.RoleSvc, "lease1")
+	d.Store, d.TLS, d.Log = w.store, id, slog.New(slog.DiscardHandler)
 	w.srv, err = leasesvc.New(w.t.Context(), cfg, d)
 	if err != nil {
 		w.t.Fatal(err)
