@@ -80,7 +80,8 @@ func TestLife(t *testing.T) {
 		}},
 		{"release again succeeds", time.Minute, lease.Release{Host: "a", Ref: r}, lease.Actions{}},
 		{"no renewal of what ended", time.Minute, lease.Renew{Host: "a", Ref: r, Source: srcA}, lease.Actions{Deny: lease.ReasonIdle}},
-		{"an unfenced address is nobody's", time.Minute, lease.Bind{Host: "a", Source: srcA}, lease.Actions{Deny: lease.ReasonPoolDry}},
+		{"an unfenced address is nobody's", time.Minute, lease.Bind{Host: "a", Source: srcA, Hurry: true}, lease.Actions{Deny: lease.ReasonPoolDry}},
+		{"but its last holder may wait for it", time.Minute, lease.Bind{Host: "a", Source: srcA}, lease.Actions{Wait: 2}},
 		{"the install does not fence", time.Minute, lease.FenceTo{Rev: 1}, lease.Actions{}},
 		{"fenced", 61 * time.Second, lease.FenceTo{Rev: 2}, lease.Actions{
 			Commits: []lease.Commit{{Rev: 3, Address: hold, Audit: hold.Audit(), Record: lease.Record{Rev: 3}}},

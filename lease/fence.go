@@ -376,6 +376,16 @@ func (f *FenceSet) Watermark(now time.Duration) Rev {
 	return low
 }
 
+// Prompt reports whether every gateway that may forward has a stream, so that a revoke will be fenced in a moment.
+func (f *FenceSet) Prompt(now time.Duration) bool {
+	for _, m := range f.teps {
+		if m.may(now) && !m.live {
+			return false
+		}
+	}
+	return true
+}
+
 // Waiting returns the members, sorted, that still have to be fenced for a revoke at rev.
 func (f *FenceSet) Waiting(now time.Duration, rev Rev) []string {
 	return f.names(func(m *member) bool { return m.may(now) && m.acked < rev })

@@ -112,17 +112,16 @@ func (c *Core) takeAlong(now Now, ev Bind) bool {
 // isOf reports whether an address that no lease holds is a host's to come back to.
 func (e *entry) isOf(host string) bool { return e.Host == host || e.forHost == host }
 
-// fencing returns the revoke that the host's own address still waits for, when the host should rather have that one than
-// another: it moved, or asks for it.
+// fencing returns the revoke that the host's own address still waits for: it should rather have that one than another, which
+// would be one more that nobody can use for a while.
 func (c *Core) fencing(ev Bind) (Rev, bool) {
 	i, ok := c.previous[ev.Host]
 	if !ok || ev.Hurry {
 		return 0, false
 	}
 	e := &c.entries[i]
-	mine := e.State == Revoking && e.isOf(ev.Host) && !e.excluded && (e.fixed == "" || e.fixed == ev.Host) &&
+	return e.RevokeRev, e.State == Revoking && e.isOf(ev.Host) && !e.excluded && (e.fixed == "" || e.fixed == ev.Host) &&
 		(e.PSIDLen == 0 || ev.PortSet)
-	return e.RevokeRev, mine && (e.End == ReasonMoved || ev.Want == e.Resource)
 }
 
 // choose picks the address for a new lease in constant time. A reservation only orders the choice; it never causes a

@@ -66,7 +66,7 @@ func (a hostsAPI) Bind(ctx context.Context, m *leasev1.BindRequest) (*leasev1.Le
 	}
 	ans := a.s.bind(ctx, id, ev, false)
 	if ans.wait != 0 {
-		// The host moves: its address follows it once no gateway forwards to the old source any more.
+		// The host comes back to its address, or takes it along: once no gateway forwards for the lease before.
 		ev.Hurry = !a.s.awaitFence(ctx, ans.wait)
 		ans = a.s.bind(ctx, id, ev, true)
 	}
@@ -246,6 +246,8 @@ func (s *Server) bindIn(c *lease.Core, ev lease.Bind) *answer {
 	if c.Waits() {
 		s.step(now, c, lease.FenceTo{Rev: s.fence.Watermark(now.Mono)}) // or a move would wait for the sweeper
 	}
+	// While a gateway is away its fence takes its time: then rather another address.
+	ev.Hurry = ev.Hurry || !s.fence.Prompt(now.Mono)
 	acts, p := s.step(now, c, ev)
 	return &answer{grant: acts.Grant, deny: acts.Deny, wait: acts.Wait, pending: p, at: now.Mono}
 }
