@@ -33,6 +33,11 @@ func (s *Store) Snapshot(ctx context.Context, w io.Writer) error {
 }
 
 func (s *Store) snapshot(ctx context.Context, w io.Writer) (err error) {
+	if s.o.Scratch != "" {
+		if err := os.MkdirAll(s.o.Scratch, 0o700); err != nil {
+			return err
+		}
+	}
 	dir, err := os.MkdirTemp(s.o.Scratch, "etcdstore-*.tmp")
 	if err != nil {
 		return err
