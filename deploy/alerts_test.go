@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -84,6 +85,25 @@ func TestAlertsAreTested(t *testing.T) {
 		if _, err := promtool(t, "test", "rules", filepath.Join(dir, "testdata/alerts_test.yaml")); err == nil {
 			t.Errorf("%s instead of %s is not noticed", planted, old)
 		}
+	}
+}
+
+// TestAlertsDocumented: docs/capacity.md names the alerts, in their order, and no other.
+func TestAlertsDocumented(t *testing.T) {
+	names := func(path, pattern string) []string {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out []string
+		for _, m := range regexp.MustCompile(pattern).FindAllStringSubmatch(string(b), -1) {
+			out = append(out, m[1])
+		}
+		return out
+	}
+	alerts, docs := names("alerts.yaml", `(?m)- alert: (\w+)$`), names("../docs/capacity.md", `(?m)^\| (DSTM\w+) \|`)
+	if len(alerts) == 0 || !slices.Equal(alerts, docs) {
+		t.Errorf("alerts %v\ndocumented %v", alerts, docs)
 	}
 }
 

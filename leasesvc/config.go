@@ -24,6 +24,7 @@ type Config struct {
 	TEPs        []string         `yaml:"teps"`
 	Hosts       HostsConfig      `yaml:"hosts"`
 	Timers      TimersConfig     `yaml:"timers"`
+	Limits      LimitsConfig     `yaml:"limits"`
 	Policy      policy.Config    `yaml:"policy"`
 	Audit       AuditConfig      `yaml:"audit"`
 	Admin       netip.AddrPort   `yaml:"admin"`
@@ -101,6 +102,7 @@ func (c *Config) Defaults() {
 	c.Admin = netip.MustParseAddrPort("[::1]:9545")
 	c.Hosts.Identity, c.Hosts.Per64 = IdentityCertificate, 64
 	c.Policy.Defaults()
+	c.Limits = defaultLimits()
 }
 
 // LoadConfig reads and checks the file at path.
@@ -135,6 +137,7 @@ func (c *Config) check(r *config.Report) {
 	c.checkTEPs(r)
 	c.checkHosts(r)
 	c.checkTimers(r)
+	c.checkLimits(r)
 	var pools []string
 	for _, p := range c.Pools {
 		pools = append(pools, p.Name)
@@ -275,6 +278,18 @@ func (c *Config) checkTimers(r *config.Report) {
 	} {
 		if d.v < d.min || d.v > d.max {
 			r.Errorf("$.timers."+d.key, "timer %s %s is outside %s..%s", d.key, d.v, d.min, d.max)
+		}
+	}
+}
+
+func (c *Config) checkLimits(r *config.Report) {
+	l := c.Limits
+	for _, k := range []struct {
+		key    string
+		v, min int
+	}{{"calls", l.Calls, 64}, {"per_host", l.PerHost, 0}, {"handshakes", l.Handshakes, 0}, {"per_64", l.Per64, 0}} {
+		if k.v < k.min || k.v > 1_000_000 {
+			r.Errorf("$.limits."+k.key, "limits.%s %d: want %d to 1000000", k.key, k.v, k.min)
 		}
 	}
 }

@@ -64,7 +64,7 @@ func (s *Server) serve(ctx context.Context, l net.Listener, ready func()) error 
 	defer stop()
 	s.d.Log.Info("listening", "addr", l.Addr().String())
 	ready()
-	if err := g.Serve(l); err != nil && ctx.Err() == nil {
+	if err := g.Serve(listener{l, s.limits}); err != nil && ctx.Err() == nil {
 		return err
 	}
 	return nil
@@ -115,6 +115,17 @@ func (s *Server) authorize(ctx context.Context, method string) (context.Context,
 		})
 	}
 	c.id = id
+	if cert := tlsid.PeerCert(ctx); cert != nil {
+		if err := s.d.TLS.Revoked(cert); err != nil { // since the handshake
+			s.m.refused.WithLabelValues("revoked").Inc()
+			return nil, status.Error(codes.Unauthenticated, err.Error())
+		}
+	}
+	if want == tlsid.RoleHost {
+		if err := s.limits.host(id.Name); err != nil {
+			return nil, err
+		}
+	}
 	return context.WithValue(ctx, callerKey{}, c), nil
 }
 
@@ -145,6 +156,11 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 		s.m.refused.WithLabelValues("deadline").Inc()
 		return nil, status.Error(codes.InvalidArgument, "call without a deadline: want one, so that nobody waits for an answer that nobody reads")
 	}
+	end, err := s.limits.begin(classOf(info.FullMethod))
+	if err != nil {
+		return nil, err
+	}
+	defer end()
 	return next(ctx, req)
 }
 
@@ -159,6 +175,11 @@ func (s *Server) stream(srv any, st grpc.ServerStream, info *grpc.StreamServerIn
 	ctx, err := s.authorize(st.Context(), info.FullMethod)
 	if err != nil {
 		return err
+	}
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	if cert := tlsid.PeerCert(ctx); cert != nil {
+		defer s.streams.add(cert, end)()
 	}
 	return next(srv, authorizedStream{st, ctx})
 }

@@ -17,7 +17,7 @@ import (
 // stranger is a client without a certificate.
 func (w *world) stranger() *leaseclient.Conn {
 	w.t.Helper()
-	id, err := tlsid.OpenAnonymous(filepath.Join(w.ca, "ca.pem"), "lab", slog.New(slog.DiscardHandler))
+	id, err := tlsid.OpenAnonymous(tlsid.Files{CA: filepath.Join(w.ca, "ca.pem")}, "lab", slog.New(slog.DiscardHandler))
 	if err != nil {
 		w.t.Fatal(err)
 	}

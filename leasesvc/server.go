@@ -36,6 +36,8 @@ type Server struct {
 	d       Deps
 	m       *metrics
 	start   time.Time
+	limits  *limits
+	streams streams
 	cluster lease.ClusterID
 	secret  [32]byte // see proof
 
@@ -77,6 +79,7 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 		answers: lease.NewAnswers[*answer](2 * cfg.Timers.MaxValid), pending: store.Done(nil),
 	}
 	s.hosts.init()
+	s.limits = newLimits(cfg.Limits, s.m)
 	st, err := d.Store.Load(ctx)
 	if err != nil {
 		return nil, err
@@ -269,6 +272,7 @@ func (s *Server) sweepOnce() time.Duration {
 
 // Tasks returns the parts of the service that run: the gRPC listener, the sweeper and the certificate watcher.
 func (s *Server) Tasks(l net.Listener) []daemon.Task {
+	s.d.TLS.OnReload(s.endRevoked)
 	return []daemon.Task{
 		daemon.NewTask("grpc", func(ctx context.Context, ready func()) error { return s.serve(ctx, l, ready) }),
 		daemon.NewTask("sweeper", s.sweep),

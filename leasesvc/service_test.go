@@ -41,6 +41,7 @@ type world struct {
 	srv    *leasesvc.Server
 	store  *countingStore
 	wrap   func(store.Store) store.Store // of the next start
+	crl    string
 }
 
 // countingStore counts transactions that hold events of addresses.
@@ -93,6 +94,9 @@ func (w *world) identity(role tlsid.Role, name string) *tlsid.Source {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	if role == tlsid.RoleSvc {
+		f.CRL = w.crl
+	}
 	s, err := tlsid.Open(f, role, slog.New(slog.DiscardHandler))
 	if err != nil {
 		w.t.Fatal(err)
@@ -118,7 +122,8 @@ func (w *world) upWith(d leasesvc.Deps) {
 	if w.wrap != nil {
 		w.store.Store = w.wrap(st)
 	}
-	d.Store, d.TLS, d.Log = w.store, w.identity(tlsid.RoleSvc, "lease1"), slog.New(slog.DiscardHandler)
+	id := w.identity(tlsid.RoleSvc, "lease1")
+	d.Store, d.TLS, d.Log = w.store, id, slog.New(slog.DiscardHandler)
 	w.srv, err = leasesvc.New(w.t.Context(), cfg, d)
 	if err != nil {
 		w.t.Fatal(err)
@@ -154,8 +159,13 @@ func (w *world) upWith(d leasesvc.Deps) {
 
 func (w *world) client(role tlsid.Role, name string) *leaseclient.Conn {
 	w.t.Helper()
+	return w.clientOf(w.identity(role, name))
+}
+
+func (w *world) clientOf(id *tlsid.Source) *leaseclient.Conn {
+	w.t.Helper()
 	c, err := leaseclient.New(leaseclient.Options{
-		Servers: []netip.AddrPort{w.addr}, TLS: w.identity(role, name).Client("lease1.example.net"),
+		Servers: []netip.AddrPort{w.addr}, TLS: id.Client("lease1.example.net"),
 		BackoffMin: time.Millisecond, BackoffMax: 50 * time.Millisecond,
 	})
 	if err != nil {

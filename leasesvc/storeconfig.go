@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/dstm-project/dstm/internal/config"
-	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/leasesvc/store"
 )
 
@@ -29,12 +28,20 @@ type StoreConfig struct {
 	Path string    `yaml:"path"` // bolt: the file
 
 	Endpoints []string      `yaml:"endpoints"` // etcd: URL of every voting member
-	TLS       tlsid.Files   `yaml:"tls"`       // etcd: PEM files, not those of the cell's identities
+	TLS       StoreTLS      `yaml:"tls"`       // etcd: empty = plain text
 	Prefix    string        `yaml:"prefix"`    // etcd: all keys lie below it; empty = /dstm/ and the cell
 	TTL       time.Duration `yaml:"ttl"`       // etcd: after which another service takes a silent one's place
 
 	// Copies are made while the service runs.
 	Copies CopiesConfig `yaml:"copies"`
+}
+
+// StoreTLS names the PEM files with which the service shows itself to etcd, and checks etcd. They are not those of the
+// cell's identities.
+type StoreTLS struct {
+	Cert string `yaml:"cert"`
+	Key  string `yaml:"key"`
+	CA   string `yaml:"ca"`
 }
 
 // CopiesConfig says how often the store is copied, and where to.
@@ -104,7 +111,7 @@ func (s *StoreConfig) checkEtcd(r *config.Report) {
 	if t := s.TLS; secure && (t.Cert == "" || t.Key == "" || t.CA == "") {
 		r.Errorf("$.store.tls", "store.tls: want cert, key and ca, as endpoints are https")
 	}
-	if t := s.TLS; !secure && t != (tlsid.Files{}) {
+	if t := s.TLS; !secure && t != (StoreTLS{}) {
 		r.Errorf("$.store.tls", "store.tls: no endpoint is https")
 	}
 	if s.TTL < 2*time.Second || s.TTL > time.Minute || s.TTL%time.Second != 0 {

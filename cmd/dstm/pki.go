@@ -5,6 +5,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"math/big"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -19,7 +20,7 @@ import (
 )
 
 func (a *app) pkiCommand() *cobra.Command {
-	return group("pki", "Make certificates with the built-in authority", a.pkiInit(), a.pkiIssue())
+	return group("pki", "Make certificates with the built-in authority", a.pkiInit(), a.pkiIssue(), a.pkiRevoke())
 }
 
 func (a *app) pkiInit() *cobra.Command {
@@ -93,6 +94,62 @@ func (a *app) pkiIssue() *cobra.Command {
 	f.StringSliceVar(&ips, "ip", nil, "IP `address` in the certificate (repeatable)")
 	f.DurationVar(&valid, "valid", pki.DefaultValid, "validity of the certificate")
 	return cmd
+}
+
+func (a *app) pkiRevoke() *cobra.Command {
+	var dir string
+	var valid time.Duration
+	cmd := &cobra.Command{
+		Use:   "revoke [CERT.pem | SERIAL]...",
+		Short: "Take certificates back: crl.pem",
+		Long: "Add certificates, by their file or their hexadecimal serial number, to the revocation list crl.pem in --dir, which " +
+			"daemons read when tls.crl names it. Without an argument the list is renewed.",
+		RunE: func(_ *cobra.Command, args []string) error {
+			var serials []*big.Int
+			for _, arg := range args {
+				n, err := serial(arg)
+				if err != nil {
+					return daemon.Usage(err)
+				}
+				serials = append(serials, n)
+			}
+			path, err := pki.Revoke(dir, valid, serials...)
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON("dstm.pki/1", struct {
+					CRL string `json:"crl"`
+				}{path})
+			}
+			_, err = fmt.Fprintln(a.out, path)
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&dir, "dir", ".", "directory of the root")
+	cmd.Flags().DurationVar(&valid, "valid", pki.DefaultCRLValid, "until a newer list is due")
+	return cmd
+}
+
+// serial reads the serial number of a certificate file, or the number itself.
+func serial(arg string) (*big.Int, error) {
+	b, err := os.ReadFile(arg)
+	if err != nil {
+		n, ok := new(big.Int).SetString(arg, 16)
+		if !ok {
+			return nil, fmt.Errorf("%q is neither a certificate file nor a hexadecimal serial number", arg)
+		}
+		return n, nil
+	}
+	block, _ := pem.Decode(b)
+	if block == nil {
+		return nil, fmt.Errorf("%s holds no PEM block", arg)
+	}
+	c, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", arg, err)
+	}
+	return c.SerialNumber, nil
 }
 
 // trustDomain reads the name from the root.

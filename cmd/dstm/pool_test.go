@@ -2,7 +2,10 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/netip"
+	"os"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -89,26 +92,49 @@ func TestAdviseArguments(t *testing.T) {
 	}
 }
 
+// advice is what pool advise answers as JSON: at least one.
+func advice(t *testing.T, args ...string) []adviceView {
+	t.Helper()
+	out, err := dstm(t, &fake{}, append([]string{"pool", "advise", "--json"}, args...)...)
+	var got struct {
+		Advice []adviceView `json:"advice"`
+	}
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &got)
+	}
+	if err != nil || len(got.Advice) == 0 {
+		t.Fatalf("%v: %q, %v", args, out, err)
+	}
+	return got.Advice
+}
+
+// TestCapacityFigures: docs/capacity.md says what the tool says.
+func TestCapacityFigures(t *testing.T) {
+	b, err := os.ReadFile("../../docs/capacity.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	thousands := func(n int) string {
+		if n < 1000 {
+			return fmt.Sprint(n)
+		}
+		return fmt.Sprintf("%d,%03d", n/1000, n%1000)
+	}
+	for _, tail := range []string{"30s", "50s", "120s", "240s", "900s"} {
+		got := advice(t, "--hosts", "100000", "--use", "60s/1h", "--tail", tail, "--port-sets", "4")
+		want := fmt.Sprintf("| %s | %s |", thousands(got[0].Addresses), thousands(got[1].Addresses))
+		row := regexp.MustCompile(`(?m)^\|.*\| ` + strings.TrimSuffix(tail, "s") + ` s[ |].*$`).FindString(string(b))
+		if !strings.Contains(row, want) {
+			t.Errorf("tail %s: %q is not in the row %q", tail, want, row)
+		}
+	}
+}
+
 // TestAdvise: what is left out has the defaults of the reference configuration; nobody is asked.
 func TestAdvise(t *testing.T) {
-	advise := func(args ...string) adviceView {
-		t.Helper()
-		f := &fake{}
-		out, err := dstm(t, f, append([]string{"pool", "advise", "--json"}, args...)...)
-		var got struct {
-			Advice []adviceView `json:"advice"`
-		}
-		if err == nil {
-			err = json.Unmarshal([]byte(out), &got)
-		}
-		if err != nil || len(got.Advice) != 1 {
-			t.Fatalf("%v: %q, %v", args, out, err)
-		}
-		return got.Advice[0]
-	}
 	var svc leasesvc.Config
 	svc.Defaults()
-	if got, want := advise("--hosts", "5000", "--use", "60s/1h").TailMS, (svc.Timers.Idle + svc.Timers.HoldDown).Milliseconds(); got != want {
+	if got, want := advice(t, "--hosts", "5000", "--use", "60s/1h")[0].TailMS, (svc.Timers.Idle + svc.Timers.HoldDown).Milliseconds(); got != want {
 		t.Errorf("tail %d ms, idle and hold-down of the lease service are %d ms", got, want)
 	}
 	for _, tt := range []struct {
@@ -122,7 +148,7 @@ func TestAdvise(t *testing.T) {
 		{"a tenth may be refused", []string{"--hosts", "10", "--use", "6m/1h", "--tail", "0s", "--blocking", "0.1"}, 3, 0.05},
 		{"the largest", []string{"--hosts", "1000000", "--use", "60s/1h", "--tail", "50s"}, 30_988, 1e-4},
 	} {
-		if v := advise(tt.args...); v.Addresses != tt.addresses || v.Blocking > tt.blocking {
+		if v := advice(t, tt.args...)[0]; v.Addresses != tt.addresses || v.Blocking > tt.blocking {
 			t.Errorf("%s: %d addresses, blocking %g; want %d and at most %g", tt.name, v.Addresses, v.Blocking, tt.addresses, tt.blocking)
 		}
 	}

@@ -74,7 +74,7 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) error {
 func identity(cfg *hostd.Config, log *slog.Logger) (*tlsid.Source, error) {
 	files := cfg.LeaseService.TLS
 	if files.Cert == "" {
-		return tlsid.OpenAnonymous(files.CA, cfg.Cell, log)
+		return tlsid.OpenAnonymous(files, cfg.Cell, log)
 	}
 	id, err := tlsid.Open(files, tlsid.RoleHost, log)
 	if err != nil {

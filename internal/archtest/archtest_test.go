@@ -69,8 +69,8 @@ var libraries = []string{"plugin/dstm", "leasesvc", "tepd", "hostd"}
 
 // adapters are constructed in cmd and handed in.
 var adapters = []string{
-	"bgp/gobgp", "bgp/speaker", "dataplane/tc", "leasesvc/store/boltstore", "leasesvc/store/etcdstore", "internal/acme",
-	"internal/plugproc",
+	"bgp/gobgp", "bgp/speaker", "dataplane/tc", "leasesvc/store/boltstore", "leasesvc/store/etcdstore",
+	"leasesvc/policy/external", "leasesvc/policy/policyplugin", "internal/acme", "internal/plugproc",
 }
 
 // stdlibOnly packages import nothing but the standard library and each other.
@@ -108,8 +108,11 @@ func forbidden(name, imp string) string {
 	if !isOwn {
 		return ""
 	}
-	isCmd := strings.HasPrefix(name, "cmd/")
+	isExample := strings.HasPrefix(name, "examples/")
+	isCmd := strings.HasPrefix(name, "cmd/") || isExample
 	switch {
+	case isExample && strings.HasPrefix(own, "internal/"):
+		return "examples import what other modules can"
 	case slices.Contains(libraries, own) && own != name && !isCmd:
 		return "libraries are imported by cmd only"
 	case slices.Contains(adapters, own) && !isCmd && !slices.Contains(adapters, name) && !isSuite(name):
@@ -118,7 +121,7 @@ func forbidden(name, imp string) string {
 		return "seams import lease and dataplane/packet only"
 	case name == "leasesvc/leaseclient" && strings.HasPrefix(own, "leasesvc"):
 		return "the client never reaches the service"
-	case strings.HasPrefix(own, "cmd/"):
+	case strings.HasPrefix(own, "cmd/") || strings.HasPrefix(own, "examples/"):
 		return "nothing imports a command"
 	}
 	return ""
@@ -160,6 +163,19 @@ func TestPluginIsLight(t *testing.T) {
 	}
 }
 
+// TestPolicyPluginIsLight: third parties compile it into their own programs.
+func TestPolicyPluginIsLight(t *testing.T) {
+	for _, p := range list(t, "./leasesvc/policy/policyplugin") {
+		for _, d := range p.Deps {
+			for _, heavy := range []string{"github.com/prometheus", "github.com/goccy", "go.etcd.io", module + "leasesvc/policy", module + "lease"} {
+				if under(d, heavy) {
+					t.Errorf("%s reaches %s", strings.TrimPrefix(p.ImportPath, module), d)
+				}
+			}
+		}
+	}
+}
+
 // TestRulesCanFail plants one breach of each rule.
 func TestRulesCanFail(t *testing.T) {
 	for _, c := range []struct{ from, to string }{
@@ -172,6 +188,11 @@ func TestRulesCanFail(t *testing.T) {
 		{"leasesvc/leaseclient", module + "leasesvc"},
 		{"internal/daemon", module + "cmd/tepd"},
 		{"plugin/dstm", "go.etcd.io/bbolt"},
+		{"leasesvc/policy", module + "internal/plugproc"},
+		{"leasesvc", module + "leasesvc/policy/external"},
+		{"leasesvc/policy/policyplugin", "github.com/hashicorp/go-plugin"},
+		{"examples/policy-webhook", module + "internal/plugproc"},
+		{"leasesvc/policy/external", module + "examples/policy-webhook"},
 		{"leasesvc", "go.etcd.io/etcd/client/v3"},
 		{"leasesvc/store/etcdstore", "go.etcd.io/etcd/server/v3/embed"},
 	} {

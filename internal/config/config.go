@@ -137,7 +137,7 @@ func (r *Report) decode(data []byte, v any, root reflect.Type) (err error) {
 	}()
 	r.file, err = parser.ParseBytes(data, 0)
 	if err != nil {
-		return decodeError(r.name, err, nil)
+		return decodeError(r.name, err)
 	}
 	if len(r.file.Docs) > 1 {
 		return &Error{[]Problem{{File: r.name, Msg: fmt.Sprintf("%d YAML documents: want one", len(r.file.Docs))}}}
@@ -153,7 +153,7 @@ func (r *Report) decode(data []byte, v any, root reflect.Type) (err error) {
 	}
 	dec := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict())
 	if err := dec.Decode(v); err != nil && !errors.Is(err, io.EOF) {
-		return decodeError(r.name, err, root)
+		return decodeError(r.name, err)
 	}
 	return nil
 }
@@ -166,7 +166,7 @@ func (r *Report) err() error {
 	return &Error{r.problems}
 }
 
-func decodeError(name string, err error, root reflect.Type) error {
+func decodeError(name string, err error) error {
 	p := Problem{File: name, Msg: err.Error()}
 	var ye yaml.Error
 	if errors.As(err, &ye) {
@@ -177,9 +177,6 @@ func decodeError(name string, err error, root reflect.Type) error {
 	}
 	if key, ok := strings.CutPrefix(p.Msg, "unknown field "); ok {
 		p.Msg = "unknown key " + key
-		if near := nearest(strings.Trim(key, `"`), keys(root)); near != "" {
-			p.Msg += fmt.Sprintf(" (did you mean %q?)", near)
-		}
 	}
 	return &Error{[]Problem{p}}
 }

@@ -52,9 +52,9 @@ func TestParse(t *testing.T) {
 
 func TestParseErrors(t *testing.T) {
 	for _, c := range []struct{ name, in, want string }{
-		{"unknown key", "cell: lab\nlisen: \"[::1]:1\"\n", `a.yaml:2:1: unknown key "lisen" (did you mean "listen"?)`},
-		{"unknown key below", "cell: lab\npools:\n  - nam: x\n", `a.yaml:3:5: unknown key "nam" (did you mean "name"?)`},
-		{"nothing near", "cell: lab\nfrobnicate: 1\n", `a.yaml:2:1: unknown key "frobnicate"`},
+		{"unknown key", "cell: lab\nlisen: \"[::1]:1\"\n", `a.yaml:2:1: unknown key "lisen" (did you mean "listen"?): want one of cell, listen, valid, pools`},
+		{"unknown key below", "cell: lab\npools:\n  - nam: x\n", `a.yaml:3:5: unknown key "nam" (did you mean "name"?): want one of name, prefix`},
+		{"nothing near", "cell: lab\nfrobnicate: 1\n", `a.yaml:2:1: unknown key "frobnicate": want one of cell, listen, valid, pools`},
 		{"check with position", "cell: lab\npools:\n  - name: x\n    prefix: 2001:db8::/32\n", `a.yaml:4:13: prefix 2001:db8::/32 is not IPv4`},
 		{"missing key", "valid: 1s\n", `a.yaml:1:1: cell is not set: want a name`},
 		{"empty file", "", `a.yaml: cell is not set: want a name`},

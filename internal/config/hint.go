@@ -2,36 +2,9 @@ package config
 
 import (
 	"reflect"
-	"slices"
-	"strings"
 )
 
-// keys lists every key that a configuration of type t knows, at any depth.
-func keys(t reflect.Type) []string {
-	var out []string
-	seen := map[reflect.Type]bool{}
-	var walk func(reflect.Type)
-	walk = func(t reflect.Type) {
-		for t != nil && (t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice || t.Kind() == reflect.Map) {
-			t = t.Elem()
-		}
-		if t == nil || t.Kind() != reflect.Struct || seen[t] {
-			return
-		}
-		seen[t] = true
-		for f := range fields(t) {
-			name, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
-			if name != "" && name != "-" {
-				out = append(out, name)
-			}
-			walk(f.Type)
-		}
-	}
-	walk(t)
-	slices.Sort(out)
-	return slices.Compact(out)
-}
-
+// fields yields the exported fields of a struct.
 func fields(t reflect.Type) func(yield func(reflect.StructField) bool) {
 	return func(yield func(reflect.StructField) bool) {
 		for i := range t.NumField() {

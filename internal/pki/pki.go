@@ -17,6 +17,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/google/renameio/v2"
@@ -25,8 +26,9 @@ import (
 )
 
 const (
-	caCert = "ca.pem"
-	caKey  = "ca.key"
+	caCert  = "ca.pem"
+	caKey   = "ca.key"
+	crlFile = "crl.pem"
 	// backdate lets a machine whose clock is a little behind use a certificate at once.
 	backdate = 5 * time.Minute
 )
@@ -82,6 +84,55 @@ func Init(dir, trustDomain string, valid time.Duration) error {
 		return fmt.Errorf("pki init: %w", err)
 	}
 	return nil
+}
+
+// DefaultCRLValid is how long a revocation list is good for before a newer one is due.
+const DefaultCRLValid = 30 * 24 * time.Hour
+
+// Revoke takes certificates back: it adds their serial numbers to the revocation list dir/crl.pem (RFC 5280 section 5), whose
+// number grows by one, and which is due again after valid. Without serials it renews the list.
+func Revoke(dir string, valid time.Duration, serials ...*big.Int) (string, error) {
+	path := filepath.Join(dir, crlFile)
+	if err := revoke(dir, path, valid, serials); err != nil {
+		return "", fmt.Errorf("pki revoke: %w", err)
+	}
+	return path, nil
+}
+
+func revoke(dir, path string, valid time.Duration, serials []*big.Int) error {
+	root, key, err := readRoot(dir)
+	if err != nil {
+		return err
+	}
+	if valid <= 0 {
+		return fmt.Errorf("validity %s: want more than 0", valid)
+	}
+	now := time.Now()
+	list := &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: now.Add(-backdate), NextUpdate: now.Add(valid)}
+	b, err := readPEM(path, "X509 CRL")
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return err
+	default:
+		old, err := x509.ParseRevocationList(b)
+		if err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		list.RevokedCertificateEntries = old.RevokedCertificateEntries
+		list.Number.Add(old.Number, list.Number)
+	}
+	for _, n := range serials {
+		known := slices.ContainsFunc(list.RevokedCertificateEntries, func(e x509.RevocationListEntry) bool { return e.SerialNumber.Cmp(n) == 0 })
+		if !known {
+			list.RevokedCertificateEntries = append(list.RevokedCertificateEntries, x509.RevocationListEntry{SerialNumber: n, RevocationTime: now})
+		}
+	}
+	der, err := x509.CreateRevocationList(rand.Reader, list, root, key)
+	if err != nil {
+		return err
+	}
+	return writePEM(path, "X509 CRL", der, 0o644)
 }
 
 // Options are what a certificate carries beside its identity.

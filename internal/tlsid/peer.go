@@ -11,7 +11,9 @@ import (
 // and name. The certificate's names and addresses do not matter: the identity is what was issued.
 func (s *Source) Peer(role Role, name string) *tls.Config {
 	c := s.Client("")
-	c.VerifyConnection = func(cs tls.ConnectionState) error { return s.verifyPeer(cs, role, name) }
+	c.VerifyConnection = func(cs tls.ConnectionState) error {
+		return errors.Join(s.checkRevoked(cs), s.verifyPeer(cs, role, name))
+	}
 	return c
 }
 

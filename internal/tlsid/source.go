@@ -18,6 +18,7 @@ type Files struct {
 	Cert string `yaml:"cert"`
 	Key  string `yaml:"key"`
 	CA   string `yaml:"ca"`
+	CRL  string `yaml:"crl"` // certificates taken back; not set = none
 }
 
 // Source is one identity with its key and roots, kept up to date from its files.
@@ -28,13 +29,16 @@ type Source struct {
 	log   *slog.Logger
 	now   func() time.Time
 	cur   atomic.Pointer[material]
+	// onReload is called after a reload; set before Watch.
+	onReload []func()
 }
 
 type material struct {
-	pem   [3][]byte // cert, key, ca as read, to see whether they changed
-	cert  tls.Certificate
-	roots *x509.CertPool
-	id    ID
+	pem     [4][]byte // cert, key, ca, crl as read, to see whether they changed
+	cert    tls.Certificate
+	roots   *x509.CertPool
+	revoked *revocations
+	id      ID
 }
 
 // Open reads the files and checks what a start would trip over later: role, validity, key, roots.
@@ -49,8 +53,8 @@ func Open(f Files, want Role, log *slog.Logger) (*Source, error) {
 }
 
 // OpenAnonymous is Open for a caller of a cell that has no certificate and is known by its address.
-func OpenAnonymous(ca, cell string, log *slog.Logger) (*Source, error) {
-	s := &Source{files: Files{CA: ca}, cell: cell, log: log, now: time.Now}
+func OpenAnonymous(f Files, cell string, log *slog.Logger) (*Source, error) {
+	s := &Source{files: f, cell: cell, log: log, now: time.Now}
 	m, err := s.load()
 	if err != nil {
 		return nil, err
@@ -85,7 +89,23 @@ func (s *Source) load() (*material, error) {
 	if m.id, err = s.checkLeaf(cert.Leaf); err != nil {
 		return nil, fmt.Errorf("tls: certificate %s: %w", s.files.Cert, err)
 	}
+	if err := s.loadCRL(&m); err != nil {
+		return nil, err
+	}
 	return &m, nil
+}
+
+func (s *Source) loadCRL(m *material) error {
+	path := s.files.CRL
+	if path == "" {
+		return nil
+	}
+	var err error
+	if m.pem[3], err = os.ReadFile(path); err != nil {
+		return fmt.Errorf("tls: %w", err)
+	}
+	m.revoked, err = parseRevocations(path, m.pem[3], m.pem[2])
+	return err
 }
 
 func (s *Source) loadAnonymous() (*material, error) {
@@ -94,8 +114,13 @@ func (s *Source) loadAnonymous() (*material, error) {
 	if m.pem[2], err = os.ReadFile(s.files.CA); err != nil {
 		return nil, fmt.Errorf("tls: %w", err)
 	}
-	m.roots, err = s.parseRoots(m.pem[2])
-	return &m, err
+	if m.roots, err = s.parseRoots(m.pem[2]); err != nil {
+		return nil, err
+	}
+	if err := s.loadCRL(&m); err != nil {
+		return nil, err
+	}
+	return &m, nil
 }
 
 func (s *Source) parseRoots(pem []byte) (*x509.CertPool, error) {
@@ -147,6 +172,8 @@ func (s *Source) server(auth tls.ClientAuthType) *tls.Config {
 				Certificates: []tls.Certificate{m.cert},
 				ClientAuth:   auth,
 				ClientCAs:    m.roots,
+				// Runs for resumed sessions too.
+				VerifyConnection: s.checkRevoked,
 			}, nil
 		},
 	}
@@ -168,7 +195,7 @@ func (s *Source) Client(serverName string) *tls.Config {
 		// The standard verification has fixed roots; ours follow the file, so the chain is verified below instead.
 		InsecureSkipVerify: true,
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			return s.verifyServer(cs, serverName)
+			return errors.Join(s.checkRevoked(cs), s.verifyServer(cs, serverName))
 		},
 	}
 }
@@ -210,6 +237,7 @@ func (s *Source) Watch(ctx context.Context) error {
 	t := time.NewTicker(reloadEvery)
 	defer t.Stop()
 	var last string
+	overdue := false
 	for {
 		select {
 		case <-ctx.Done():
@@ -222,7 +250,15 @@ func (s *Source) Watch(ctx context.Context) error {
 			s.log.Warn("certificate files not reloaded, the old ones stay", "err", err)
 		case err == nil && changed:
 			last = ""
+			for _, f := range s.onReload {
+				f()
+			}
 			s.log.Info("certificate files reloaded", "identity", s.ID().String())
+		}
+		if r := s.cur.Load().revoked; r != nil && s.now().After(r.next) != overdue {
+			if overdue = !overdue; overdue {
+				s.log.Warn("the revocation list is overdue; what it takes back stays so", "due", r.next.UTC().Format(time.RFC3339))
+			}
 		}
 	}
 }

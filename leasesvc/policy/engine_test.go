@@ -166,7 +166,7 @@ func TestPlugins(t *testing.T) {
 		callOfA outcome // "" = its call goes on when the decision is there
 	}{
 		{"both allow", says(yes), says(yes), Closed, yes, 0, allowed, outAllowed},
-		{"the later one denies", says(yes), says(no), Closed, no, 0, deniedByPlugin, outAllowed},
+		{"the later one denies", says(yes), after(time.Millisecond, says(no)), Closed, no, time.Millisecond, deniedByPlugin, outAllowed},
 		{"without a reason", says(Decision{Verdict: Deny}), says(yes), Open, Decision{Deny, "denied by policy a"}, 0, deniedByPlugin, outDenied},
 		{"reason is cleaned", says(Decision{Deny, "\x1b[31mred\n" + strings.Repeat("x", 1000)}), says(yes), Open, Decision{Deny, "[31mred " + strings.Repeat("x", 192)}, 0, deniedByPlugin, outDenied},
 		{"reason of who allows is dropped", says(Decision{Allow, "because"}), says(Decision{Allow, "why not"}), Open, yes, 0, allowed, outAllowed},
@@ -176,6 +176,7 @@ func TestPlugins(t *testing.T) {
 		{"hangs, closed", hangs, says(yes), Closed, closedA, 50 * time.Millisecond, deniedByFailure, outTimeout},
 		{"error, open", func(context.Context) (Decision, error) { return yes, errors.New("x") }, says(yes), Open, yes, 0, allowedDespite, outError},
 		{"error, closed", func(context.Context) (Decision, error) { return yes, errors.New("x") }, says(yes), Closed, closedA, 0, deniedByFailure, outError},
+		{"deadline of the other side", func(context.Context) (Decision, error) { return yes, fmt.Errorf("%w: x", context.DeadlineExceeded) }, says(yes), Open, yes, 0, allowedDespite, outTimeout},
 		{"no verdict, open", says(Decision{}), says(yes), Open, yes, 0, allowedDespite, outInvalid},
 		{"no verdict, closed", says(Decision{Verdict: 7}), says(yes), Closed, closedA, 0, deniedByFailure, outInvalid},
 		{"invalid", func(context.Context) (Decision, error) { return yes, fmt.Errorf("%w: y", ErrInvalid) }, says(yes), Closed, closedA, 0, deniedByFailure, outInvalid},

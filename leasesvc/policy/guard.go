@@ -21,7 +21,8 @@ var ErrInvalid = errors.New("not an answer")
 
 // Process is a plugin that runs.
 type Process interface {
-	// Decide returns when ctx ends at the latest. An error that is ErrInvalid means that the plugin did answer.
+	// Decide returns when ctx ends at the latest. An error that is ErrInvalid means that the plugin did answer, one that is
+	// context.DeadlineExceeded that the time was over for one of the two.
 	Decide(ctx context.Context, r Request) (Decision, error)
 	// Done is closed when the process has ended.
 	Done() <-chan struct{}
@@ -117,6 +118,8 @@ func (g *guard) call(ctx context.Context, r Request) (Decision, outcome) {
 		d.Reason, how = cmp.Or(Clean(d.Reason, MaxReason), "denied by policy "+g.conf.Name), outDenied
 	case err == nil, errors.Is(err, ErrInvalid):
 		how = outInvalid
+	case errors.Is(err, context.DeadlineExceeded):
+		how = cmp.Or(interrupted(ctx), outTimeout) // the other side's clock may be ahead of ours
 	default:
 		how = cmp.Or(interrupted(ctx), outError)
 	}

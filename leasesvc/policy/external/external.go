@@ -61,8 +61,11 @@ func (p *process) Decide(ctx context.Context, r policy.Request) (policy.Decision
 func failure(err error) error {
 	st, _ := status.FromError(err)
 	err = fmt.Errorf("%s: %s", st.Code(), policy.Clean(st.Message(), maxError))
-	if st.Code() == codes.ResourceExhausted || st.Code() == codes.Internal || st.Code() == codes.Unimplemented {
+	switch st.Code() {
+	case codes.ResourceExhausted, codes.Internal, codes.Unimplemented:
 		return fmt.Errorf("%w: %w", policy.ErrInvalid, err)
+	case codes.DeadlineExceeded:
+		return fmt.Errorf("%w: %w", context.DeadlineExceeded, err)
 	}
 	return err
 }

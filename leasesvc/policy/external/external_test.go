@@ -4,7 +4,9 @@ import (
 	"bufio"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/netip"
@@ -21,6 +23,9 @@ import (
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
 
 	"github.com/dstm-project/dstm/internal/proc"
 	"github.com/dstm-project/dstm/lease"
@@ -122,7 +127,42 @@ func TestDecide(t *testing.T) {
 					t.Errorf("%s: %+v, %v; want %+v", host, got, err, want)
 				}
 			}
+			var at peer.Peer
+			if _, err := p.client.Decide(t.Context(), toWire(request("lap7")), grpc.Peer(&at)); err != nil {
+				t.Fatal(err)
+			}
+			if info, ok := at.AuthInfo.(credentials.TLSInfo); !ok || info.State.Version != tls.VersionTLS13 {
+				t.Errorf("connection %+v, want TLS 1.3", at.AuthInfo)
+			}
 		})
+	}
+}
+
+// TestSurroundings: a plugin gets nothing of ours that it does not need.
+func TestSurroundings(t *testing.T) {
+	t.Setenv("DSTM_TEST_SECRET", "x")
+	ours, err := os.Create(filepath.Join(t.TempDir(), "ours"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ours.Close()
+	p := mustStart(t, socketDir(t), "plain", nil)
+	dir := fmt.Sprintf("/proc/%d/", p.PID())
+	env, err := os.ReadFile(dir + "environ")
+	if err != nil || strings.Contains(string(env), "DSTM_TEST_SECRET") || !strings.Contains(string(env), "DSTM_POLICY=policy\x00") {
+		t.Errorf("environment %q, %v", env, err)
+	}
+	if cwd, err := os.Readlink(dir + "cwd"); cwd != "/" {
+		t.Errorf("working directory %s, %v", cwd, err)
+	}
+	fds, err := os.ReadDir(dir + "fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range fds {
+		if to, _ := os.Readlink(dir + "fd/" + fd.Name()); to == ours.Name() {
+			t.Errorf("descriptor %s is a file of ours", fd.Name())
+		}
 	}
 }
 

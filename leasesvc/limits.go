@@ -1,0 +1,193 @@
+package leasesvc
+
+import (
+	"context"
+	"crypto/x509"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/dstm-project/dstm/internal/bucket"
+)
+
+// LimitsConfig bounds what callers may cost. 0 = no limit, except for Calls.
+type LimitsConfig struct {
+	Calls      int `yaml:"calls"`      // under way at once
+	PerHost    int `yaml:"per_host"`   // calls and streams begun per second by one host; the burst is twice that
+	Handshakes int `yaml:"handshakes"` // connections accepted per second, all together; the burst is twice that
+	Per64      int `yaml:"per_64"`     // of them from one /64
+}
+
+func defaultLimits() LimitsConfig {
+	return LimitsConfig{Calls: 4096, PerHost: 20, Handshakes: 1000, Per64: 200}
+}
+
+// class is how important a call is when not all can be served. Streams of gateways are above all of them.
+type class uint8
+
+const (
+	classHint  class = iota // may be late: DNS answers go out without
+	classBind               // and what operators ask
+	classRenew              // keeps a lease that is in use; so does Release, which makes room
+)
+
+// share is which part of the calls, in percent, may be under way before a class is refused.
+var share = [...]int64{classHint: 50, classBind: 80, classRenew: 100}
+
+var classes = map[string]class{
+	"/dstm.lease.v1.Resolvers/Hint": classHint,
+	"/dstm.lease.v1.Hosts/Renew":    classRenew,
+	"/dstm.lease.v1.Hosts/Release":  classRenew,
+}
+
+func classOf(method string) class {
+	if c, ok := classes[method]; ok {
+		return c
+	}
+	return classBind
+}
+
+// maxCallers is how many identities, and how many /64, are remembered: about 10 MB each.
+const maxCallers = 1 << 16
+
+// limits counts what callers cost.
+type limits struct {
+	conf  LimitsConfig
+	m     *metrics
+	start time.Time
+	calls atomic.Int64
+
+	mu    sync.Mutex
+	hosts *bucket.Set[string]
+	nets  *bucket.Set[netip.Prefix]
+	all   *bucket.Set[struct{}]
+}
+
+func newLimits(c LimitsConfig, m *metrics) *limits {
+	return &limits{
+		conf: c, m: m, start: time.Now(),
+		hosts: bucket.New[string](c.PerHost, time.Second, 2*c.PerHost, maxCallers),
+		nets:  bucket.New[netip.Prefix](c.Per64, time.Second, 2*c.Per64, maxCallers),
+		all:   bucket.New[struct{}](c.Handshakes, time.Second, 2*c.Handshakes, 1),
+	}
+}
+
+// retryAfter is when a caller that was refused may come back.
+const retryAfter = 500 * time.Millisecond
+
+func tooMany(what string) error {
+	st, err := status.New(codes.ResourceExhausted, what).WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(retryAfter)})
+	if err != nil {
+		return status.Error(codes.ResourceExhausted, what)
+	}
+	return st.Err()
+}
+
+// begin lets a call begin, or says why not.
+func (l *limits) begin(c class) (end func(), err error) {
+	if n := l.calls.Add(1); n*100 > int64(l.conf.Calls)*share[c] {
+		l.calls.Add(-1)
+		l.m.refused.WithLabelValues("overload").Inc()
+		return nil, tooMany("too many calls are under way")
+	}
+	return func() { l.calls.Add(-1) }, nil
+}
+
+// host says whether a host may begin one more call or stream. Gateways and resolvers speak for many and have no such limit.
+func (l *limits) host(identity string) error {
+	l.mu.Lock()
+	ok := l.hosts.Take(time.Since(l.start), identity)
+	l.mu.Unlock()
+	if !ok {
+		l.m.refused.WithLabelValues("rate").Inc()
+		return tooMany("more calls than limits.per_host allows")
+	}
+	return nil
+}
+
+// admits reports whether a connection may begin its handshake, which costs more than anything else before its caller is known.
+func (l *limits) admits(from net.Addr) bool {
+	ap, err := netip.ParseAddrPort(from.String())
+	if err != nil {
+		return true // not TCP: a test's pipe
+	}
+	net64, err := ap.Addr().Unmap().WithZone("").Prefix(64)
+	if err != nil {
+		net64 = netip.PrefixFrom(ap.Addr().Unmap(), 32)
+	}
+	now := time.Since(l.start)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	full, ok := l.nets.Next(now, net64)
+	if !ok || !l.all.Take(now, struct{}{}) {
+		return false
+	}
+	l.nets.Set(now, net64, full)
+	return true
+}
+
+// listener closes connections that are too many before anything is spent on them.
+type listener struct {
+	net.Listener
+	l *limits
+}
+
+// Accept returns the next connection that may begin.
+func (l listener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil || l.l.admits(c.RemoteAddr()) {
+			return c, err
+		}
+		l.l.m.refused.WithLabelValues("handshake").Inc()
+		if tcp, ok := c.(*net.TCPConn); ok {
+			_ = tcp.SetLinger(0) // no state of the refused stays here
+		}
+		c.Close()
+	}
+}
+
+// streams are those under way, so that they can be ended when their caller's certificate is revoked.
+type streams struct {
+	mu  sync.Mutex
+	all map[*stream]struct{}
+}
+
+type stream struct {
+	cert *x509.Certificate
+	end  context.CancelCauseFunc
+}
+
+func (s *streams) add(cert *x509.Certificate, end context.CancelCauseFunc) (remove func()) {
+	st := &stream{cert, end}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.all == nil {
+		s.all = map[*stream]struct{}{}
+	}
+	s.all[st] = struct{}{}
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.all, st)
+	}
+}
+
+// endRevoked ends every stream whose certificate the revocation list takes back.
+func (s *Server) endRevoked() {
+	s.streams.mu.Lock()
+	defer s.streams.mu.Unlock()
+	for st := range s.streams.all {
+		if err := s.d.TLS.Revoked(st.cert); err != nil {
+			s.d.Log.Warn("stream ended", "err", err)
+			st.end(status.Error(codes.Unauthenticated, err.Error()))
+		}
+	}
+}

@@ -1,0 +1,95 @@
+package leasesvc
+
+import (
+	"net"
+	"net/netip"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// TestPriorities: when calls pile up, hints are refused first, then binds, and renewals last.
+func TestPriorities(t *testing.T) {
+	l := newLimits(LimitsConfig{Calls: 100}, newMetrics(nil))
+	count := func(c class) int {
+		n := 0
+		for {
+			if _, err := l.begin(c); err != nil {
+				if status.Code(err) != codes.ResourceExhausted || len(status.Convert(err).Details()) != 1 {
+					t.Fatalf("%v: want RESOURCE_EXHAUSTED with a delay", err)
+				}
+				return n
+			}
+			n++
+		}
+	}
+	hints, binds, renewals := count(classHint), count(classBind), count(classRenew)
+	if hints != 50 || binds != 30 || renewals != 20 {
+		t.Errorf("%d hints, then %d binds, then %d renewals: want 50, 30, 20", hints, binds, renewals)
+	}
+	for range 100 {
+		l.calls.Add(-1)
+	}
+	end, err := l.begin(classHint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if end(); l.calls.Load() != 0 {
+		t.Errorf("%d calls under way after the end", l.calls.Load())
+	}
+}
+
+// TestHostRate: one host at full speed is held to its rate; another is not touched.
+func TestHostRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLimits(LimitsConfig{Calls: 100, PerHost: 20}, newMetrics(nil))
+		passed := 0
+		for range 10_000 {
+			if l.host("loud") == nil {
+				passed++
+			}
+			time.Sleep(time.Millisecond)
+		}
+		if want := 40 + 10*20; passed < want-1 || passed > want+1 {
+			t.Errorf("%d calls in 10 s, want a burst of 40 and 20 a second", passed)
+		}
+		if err := l.host("quiet"); err != nil {
+			t.Errorf("another host: %v", err)
+		}
+	})
+}
+
+func TestHandshakes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLimits(LimitsConfig{Calls: 100, Handshakes: 100, Per64: 10}, newMetrics(nil))
+		at := func(s string) net.Addr { return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(s)) }
+		flood := 0
+		for range 1000 {
+			if l.admits(at("[2001:db8:1::bad]:1")) {
+				flood++
+			}
+		}
+		if flood != 20 {
+			t.Errorf("a /64 got %d connections at once, want 20", flood)
+		}
+		if !l.admits(at("[2001:db8:2::1]:1")) || !l.admits(at("192.0.2.1:1")) {
+			t.Error("others are refused")
+		}
+		all := 0
+		for i := range 1000 {
+			if l.admits(at(netip.AddrPortFrom(netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, byte(i >> 8), byte(i)}), 1).String())) {
+				all++
+			}
+		}
+		if all != 200-20-2 {
+			t.Errorf("%d more from anywhere, want the rest of a burst of 200", all)
+		}
+		time.Sleep(time.Second)
+		if !l.admits(at("[2001:db8:1::bad]:1")) {
+			t.Error("refused for ever")
+		}
+	})
+}
