@@ -3,7 +3,6 @@ package leasesvc
 import (
 	"fmt"
 	"net/netip"
-	"path/filepath"
 	"time"
 
 	"github.com/dstm-project/dstm/internal/config"
@@ -41,21 +40,6 @@ type ACMEConfig struct {
 	Names     []string       `yaml:"names"`
 	Dir       string         `yaml:"dir"` // where keys and certificates are kept
 	Email     string         `yaml:"email"`
-}
-
-// StoreConfig says where the records are.
-type StoreConfig struct {
-	Type string `yaml:"type"` // bolt
-	Path string `yaml:"path"`
-	// Copies are made while the service runs.
-	Copies CopiesConfig `yaml:"copies"`
-}
-
-// CopiesConfig says how often the store is copied, and where to.
-type CopiesConfig struct {
-	Every time.Duration `yaml:"every"` // 0 = never
-	Dir   string        `yaml:"dir"`   // empty = copies, beside the store
-	Keep  int           `yaml:"keep"`  // older ones go
 }
 
 // AuditConfig says how long it is remembered who had what.
@@ -113,8 +97,7 @@ func (c *Config) Defaults() {
 		Valid: d.Valid, MinValid: d.MinValid, MaxValid: d.MaxValid, Reservation: d.Reservation, Idle: 2 * time.Minute,
 		HoldDown: d.HoldDown, RestartGrace: d.Grace, SessionLease: 30 * time.Second, FailStatic: 4 * time.Hour, BindWait: 500 * time.Millisecond,
 	}
-	c.Store.Type = "bolt"
-	c.Store.Copies = CopiesConfig{Every: 15 * time.Minute, Keep: 8}
+	c.Store.defaults()
 	c.Audit.Retention = 180 * 24 * time.Hour
 	c.Admin = netip.MustParseAddrPort("[::1]:9545")
 	c.Hosts.Identity, c.Hosts.Per64 = IdentityCertificate, 64
@@ -146,13 +129,10 @@ func (c *Config) check(r *config.Report) {
 	if a := c.ACME; a.Directory != "" && (!a.Listen.IsValid() || len(a.Names) == 0 || a.Dir == "") {
 		r.Errorf("$.acme", "acme: want listen, names and dir beside directory")
 	}
-	if c.Store.Type != "bolt" {
-		r.Errorf("$.store.type", "store type %q: want bolt", c.Store.Type)
+	c.Store.check(r)
+	if keep := c.Audit.Retention; keep != 0 && keep < time.Second {
+		r.Errorf("$.audit.retention", "audit.retention %s: want 0s (for ever) or at least 1s", keep)
 	}
-	if c.Store.Path == "" {
-		r.Errorf("$.store.path", "store.path is not set: want a file such as /var/lib/dstm/lease.db")
-	}
-	c.checkRecords(r)
 	c.checkPools(r)
 	c.checkTEPs(r)
 	c.checkHosts(r)
@@ -169,27 +149,6 @@ func (c *Config) check(r *config.Report) {
 	if err := c.Log.Check(); err != nil {
 		r.Errorf("$.log", "%v", err)
 	}
-}
-
-// checkRecords checks what is done with the records beside keeping them.
-func (c *Config) checkRecords(r *config.Report) {
-	if every := c.Store.Copies.Every; every != 0 && every < time.Second {
-		r.Errorf("$.store.copies.every", "store.copies.every %s: want 0s (never) or at least 1s", every)
-	}
-	if keep := c.Store.Copies.Keep; keep < 1 || keep > 1000 {
-		r.Errorf("$.store.copies.keep", "store.copies.keep %d is outside 1..1000", keep)
-	}
-	if keep := c.Audit.Retention; keep != 0 && keep < time.Second {
-		r.Errorf("$.audit.retention", "audit.retention %s: want 0s (for ever) or at least 1s", keep)
-	}
-}
-
-// CopiesDir returns where copies of the store are kept.
-func (c *Config) CopiesDir() string {
-	if c.Store.Copies.Dir != "" {
-		return c.Store.Copies.Dir
-	}
-	return filepath.Join(filepath.Dir(c.Store.Path), "copies")
 }
 
 func (c *Config) checkPools(r *config.Report) {

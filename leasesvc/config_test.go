@@ -82,7 +82,7 @@ func TestConfigErrors(t *testing.T) {
 		{"policy", "budget: 50ms", "budget: 1s", "budget 1s is outside 1ms..500ms"},
 		{"policy rule", "budget: 50ms", "rules: [{action: deny, pools: [x]}]", `rule 1: there is no pool "x"`},
 		{"admin", `admin: "[::1]:9545"`, `admin: "[2001:db8::1]:9545"`, "want a loopback address"},
-		{"store type", "type: bolt", "type: etc", `store type "etc": want bolt`},
+		{"store type", "type: bolt", "type: etc", `store type "etc": want bolt or etcd`},
 		{"copies too often", "every: 15m", "every: 1ms", "store.copies.every 1ms: want 0s (never) or at least 1s"},
 		{"no copies kept", "keep: 8", "keep: 0", "store.copies.keep 0 is outside 1..1000"},
 		{"retention", "retention: 4320h", "retention: -1s", "audit.retention -1s: want 0s (for ever) or at least 1s"},

@@ -8,7 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
+	"net/http"
 	"os"
 
 	"github.com/dstm-project/dstm/internal/acme"
@@ -18,6 +18,7 @@ import (
 	"github.com/dstm-project/dstm/leasesvc/policy"
 	"github.com/dstm-project/dstm/leasesvc/policy/external"
 	"github.com/dstm-project/dstm/leasesvc/store/boltstore"
+	"github.com/dstm-project/dstm/leasesvc/store/etcdstore"
 )
 
 func main() {
@@ -52,7 +53,7 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) error {
 		return err
 	}
 	if *create {
-		return boltstore.Create(cfg.Store.Path)
+		return createStore(ctx, cfg)
 	}
 	return serve(ctx, cfg, cfg.Log.Logger(errOut))
 }
@@ -66,20 +67,10 @@ func serve(ctx context.Context, cfg *leasesvc.Config, log *slog.Logger) error {
 	if got := id.ID(); got.Cell != cfg.Cell || got.TrustDomain != cfg.TrustDomain {
 		return daemon.Usage(fmt.Errorf("certificate %s is of %s: the configuration is of cell %q in trust domain %q", cfg.TLS.Cert, got, cfg.Cell, cfg.TrustDomain))
 	}
-	st, err := boltstore.Open(boltstore.Options{Path: cfg.Store.Path})
-	if err != nil {
-		return err
-	}
-	defer st.Close()
 	registry := daemon.NewRegistry()
 	rules := policy.New(cfg.Policy, policy.Deps{Start: external.Starter(cfg.Policy.Dir, log), Log: log, Registry: registry})
-	deps := leasesvc.Deps{Store: st, TLS: id, Policy: rules, Log: log, Registry: registry}
+	deps := leasesvc.Deps{TLS: id, Policy: rules, Log: log, Registry: registry}
 	tasks := []daemon.Task{daemon.NewTask("policy", rules.Run)}
-	if c := cfg.Store.Copies; c.Every > 0 {
-		copies := &boltstore.Copies{Store: st, Dir: cfg.CopiesDir(), Every: c.Every, Keep: c.Keep, Log: log}
-		copies.Register(registry)
-		tasks = append(tasks, daemon.NewTask("copies", copies.Run))
-	}
 	if a := cfg.ACME; a.Directory != "" {
 		m, err := acme.New(acme.Config{Directory: a.Directory, Root: a.Root, Listen: a.Listen, Names: a.Names, Dir: a.Dir, Email: a.Email}, log)
 		if err != nil {
@@ -88,16 +79,16 @@ func serve(ctx context.Context, cfg *leasesvc.Config, log *slog.Logger) error {
 		deps.Server = m.Server(id.Roots)
 		tasks = append(tasks, daemon.NewTask("acme", m.Run))
 	}
-	s, err := leasesvc.New(ctx, cfg, deps)
-	if err != nil {
-		return err
-	}
-	l, err := net.Listen("tcp", cfg.Listen.String())
-	if err != nil {
-		return err
-	}
-	admin := &daemon.Admin{Addr: cfg.Admin, Registry: registry, Ready: s.Ready, Handlers: s.Handlers()}
+	c := &cell{cfg: cfg, deps: deps, registry: registry, log: log, state: "starting"}
+	admin := &daemon.Admin{Addr: cfg.Admin, Registry: registry, Ready: c.ready, Handlers: map[string]http.Handler{"/": c}}
 	log.Info("starting", "version", daemon.Version(), "cell", cfg.Cell, "identity", id.ID().String())
-	tasks = append(tasks, s.Tasks(l)...)
-	return daemon.Run(ctx, log, append(tasks, admin.Task(log))...)
+	return daemon.Run(ctx, log, append(tasks, daemon.NewTask("cell", c.run), admin.Task(log))...)
+}
+
+// createStore makes the store that the configuration names.
+func createStore(ctx context.Context, cfg *leasesvc.Config) error {
+	if cfg.Store.Type == leasesvc.StoreEtcd {
+		return etcdstore.Create(ctx, etcdOptions(cfg, "leasesvc--create-store"))
+	}
+	return boltstore.Create(cfg.Store.Path)
 }

@@ -22,7 +22,7 @@ import (
 
 // Copies makes copies of a store while it runs, and keeps the newest of them.
 type Copies struct {
-	Store *Store
+	Store store.Store   // which writes a store file, see Store.Snapshot
 	Dir   string        // is made when it is not there
 	Every time.Duration // above 0
 	Keep  int           // at least 1

@@ -28,12 +28,9 @@ const (
 	stretches = 8
 )
 
-// auditLog reads the log at one revision of etcd, which must not be compacted before the end.
+// auditLog reads the log at one revision of etcd.
 type auditLog struct {
-	ctx        context.Context // of the one call that it serves
-	c          *client
-	patience   time.Duration
-	rev        int64
+	past
 	last       lease.Rev // newest record of the log
 	log, index []stretch // the newest that were fetched
 }
@@ -50,7 +47,8 @@ func (s *Store) openLog(ctx context.Context) (*auditLog, *storev1.AuditHead, err
 	if _, err := decodeState(r, s.o.Cell, &h); err != nil {
 		return nil, nil, fmt.Errorf("store: %w", err)
 	}
-	return &auditLog{ctx: ctx, c: s.c, patience: s.o.TTL, rev: r.Header.Revision, last: lease.Rev(h.msg.Audit.LastRev)}, h.msg.Audit, nil
+	p := past{ctx: ctx, c: s.c, patience: s.o.TTL, rev: r.Header.Revision}
+	return &auditLog{past: p, last: lease.Rev(h.msg.Audit.LastRev)}, h.msg.Audit, nil
 }
 
 // stretch is keys that were fetched at once.
@@ -120,22 +118,6 @@ func (l *auditLog) fetch(all *[]stretch, dir, key string) (*stretch, error) {
 	}
 	*all = append(*all, r)
 	return &(*all)[len(*all)-1], nil
-}
-
-// get reads at the revision of the log. What a member has at a past revision is what all have, so it need not ask the
-// others.
-func (l *auditLog) get(from, end string, opts ...clientv3.OpOption) (r *clientv3.GetResponse, err error) {
-	opts = append(opts, clientv3.WithRange(end), clientv3.WithRev(l.rev), clientv3.WithSerializable())
-	err = l.c.retry(l.ctx, l.patience, func(ctx context.Context) error {
-		return l.c.use(func(m *clientv3.Client) error {
-			r, err = m.Get(ctx, from, opts...)
-			return err
-		})
-	})
-	if err != nil {
-		return nil, fmt.Errorf("store: etcd: %w", err)
-	}
-	return r, nil
 }
 
 // Record implements audit.Reader.

@@ -254,7 +254,7 @@ func (c *chunk) commit(k keys, m lease.Commit) error {
 func (s *Store) commit(c *chunk) error {
 	next := s.head
 	t := txn{
-		when: append(s.guard(), clientv3.Compare(clientv3.Value(s.c.keys.head), "=", s.head.value)),
+		when: []clientv3.Cmp{s.c.owned(s.tenure), clientv3.Compare(clientv3.Value(s.c.keys.head), "=", s.head.value)},
 		els:  []clientv3.Op{clientv3.OpGet(s.c.keys.owner), clientv3.OpGet(s.c.keys.head)},
 	}
 	t.then = t.els[:1]

@@ -30,6 +30,7 @@ type Options struct {
 	Name      string        // of this service, shown to the others; without white space
 	TTL       time.Duration // after which a silent owner is replaced, in whole seconds from 2 s; 0 = 5s
 	RingSize  int           // records kept for reconnecting gateways; 0 = 65536
+	Scratch   string        // directory for files that are gone soon; empty = the system's
 	// OnState is told in words what the service is: "standby: ..." or "owner". May be nil.
 	OnState func(state string)
 
@@ -265,7 +266,7 @@ func (s *Store) read(ctx context.Context, ops ...clientv3.Op) (r *clientv3.TxnRe
 
 // once runs a reading transaction as owner. Readings of transactions see everything committed before their call.
 func (s *Store) once(ctx context.Context, ops []clientv3.Op) (*clientv3.TxnResponse, error) {
-	r, err := s.c.do(ctx, txn{when: s.guard(), then: ops, els: []clientv3.Op{clientv3.OpGet(s.c.keys.owner)}})
+	r, err := s.c.do(ctx, txn{when: []clientv3.Cmp{s.c.owned(s.tenure)}, then: ops, els: []clientv3.Op{clientv3.OpGet(s.c.keys.owner)}})
 	if err != nil {
 		return nil, err
 	}
@@ -314,18 +315,22 @@ func (s *Store) Load(ctx context.Context) (store.State, error) {
 // page is how many keys are read at a time.
 const page = 4096
 
-// pages yields the keys under a directory. Each page is read as owner at its own revision; while nothing is committed
-// in between, that is one state, and no compaction can take it away.
-func (s *Store) pages(ctx context.Context, dir string, yield func(key, value []byte) error) error {
-	end := clientv3.WithRange(clientv3.GetPrefixRangeEnd(dir))
-	for from := dir; ; {
+// Addresses implements store.Store. Each page is read as owner at its own revision of etcd; while nothing is committed in
+// between, that is one state, and no compaction can take it away.
+func (s *Store) Addresses(ctx context.Context, yield func(lease.Address) error) error {
+	dir := s.c.keys.addresses
+	for from, end := dir, clientv3.WithRange(clientv3.GetPrefixRangeEnd(dir)); ; {
 		r, err := s.read(ctx, clientv3.OpGet(from, end, clientv3.WithLimit(page)))
 		if err != nil {
 			return err
 		}
 		rr := r.Responses[0].GetResponseRange()
 		for _, kv := range rr.Kvs {
-			if err := yield(kv.Key[len(dir):], kv.Value); err != nil {
+			a, err := record.DecodeAddress(kv.Key[len(dir):], kv.Value)
+			if err != nil {
+				return fmt.Errorf("store: %w", err)
+			}
+			if err := yield(a); err != nil {
 				return err
 			}
 		}
@@ -334,17 +339,6 @@ func (s *Store) pages(ctx context.Context, dir string, yield func(key, value []b
 		}
 		from = string(rr.Kvs[len(rr.Kvs)-1].Key) + "\x00"
 	}
-}
-
-// Addresses implements store.Store.
-func (s *Store) Addresses(ctx context.Context, yield func(lease.Address) error) error {
-	return s.pages(ctx, s.c.keys.addresses, func(k, v []byte) error {
-		a, err := record.DecodeAddress(k, v)
-		if err != nil {
-			return fmt.Errorf("store: %w", err)
-		}
-		return yield(a)
-	})
 }
 
 // Watch implements store.Store.

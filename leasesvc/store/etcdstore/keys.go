@@ -12,14 +12,14 @@ import (
 // keys are the keys of one cell, below its prefix.
 type keys struct {
 	prefix                                  string
-	meta, head, owner                       string
+	meta, head, owner, restoring            string
 	addresses, audit, index, members, pools string
 }
 
 func newKeys(prefix string) keys {
 	p := strings.TrimSuffix(prefix, "/") + "/"
 	return keys{
-		prefix: p, meta: p + "meta", head: p + "head", owner: p + "owner",
+		prefix: p, meta: p + "meta", head: p + "head", owner: p + "owner", restoring: p + "restoring",
 		addresses: p + "address/", audit: p + "audit/", index: p + "audit-index/", members: p + "member/", pools: p + "pool/",
 	}
 }

@@ -22,8 +22,9 @@ const pollsPerTTL = 20
 
 // tenure is one ownership of the cell. It is over when the key is gone, whatever the owner thinks.
 type tenure struct {
-	lease clientv3.LeaseID
-	rev   int64 // creation revision of the ownership key: every transaction compares it
+	lease   clientv3.LeaseID
+	rev     int64  // creation revision of the ownership key: every transaction compares it
+	cluster uint64 // id of the etcd cluster
 }
 
 // campaign waits until nobody owns the cell and takes it.
@@ -79,7 +80,7 @@ func (c *client) take(ctx context.Context, o Options) (t tenure, holder string, 
 	case !r.Succeeded:
 		return tenure{}, holderOf(r, 0), c.revoke(t.lease)
 	}
-	t.rev = r.Header.Revision
+	t.rev, t.cluster = r.Header.Revision, r.Header.ClusterId
 	return t, "", nil
 }
 
@@ -98,12 +99,15 @@ func holderOf(r *clientv3.TxnResponse, i int) string {
 
 // checkMeta reads the record that says whose store this is.
 func (c *client) checkMeta(ctx context.Context, o Options) error {
-	r, err := c.do(ctx, txn{then: []clientv3.Op{clientv3.OpGet(c.keys.meta)}})
+	r, err := c.do(ctx, txn{then: []clientv3.Op{clientv3.OpGet(c.keys.meta), clientv3.OpGet(c.keys.restoring)}})
 	if err != nil {
 		return err
 	}
 	kvs := r.Responses[0].GetResponseRange().GetKvs()
-	if len(kvs) == 0 {
+	switch {
+	case len(kvs) == 0 && r.Responses[1].GetResponseRange().GetCount() > 0:
+		return final{fmt.Errorf("store %s in etcd is half restored: repeat dstm db restore", c.keys.prefix)}
+	case len(kvs) == 0:
 		return final{fmt.Errorf("store %s in etcd does not exist: create one with leasesvc --create-store, or restore a copy", c.keys.prefix)}
 	}
 	if _, err := decodeMeta(kvs[0].Value, o.Cell, r.Header.ClusterId); err != nil {
@@ -129,16 +133,14 @@ func decodeMeta(b []byte, cell string, cluster uint64) (*storev1.EtcdMeta, error
 		return nil, fmt.Errorf("it belongs to cell %q: the configuration is of cell %q", m.Cell, cell)
 	}
 	if cluster != 0 && m.EtcdCluster != cluster {
-		return nil, fmt.Errorf("it was made in etcd cluster %x and is in cluster %x now", m.EtcdCluster, cluster)
+		return nil, fmt.Errorf("it was made in etcd cluster %x and is in cluster %x now: if etcd was restored from a copy, run dstm db adopt", m.EtcdCluster, cluster)
 	}
 	return &m, nil
 }
 
-// guard are the conditions of every transaction of an owner: it still is the owner, and nobody wrote since.
-func (s *Store) guard() []clientv3.Cmp {
-	return []clientv3.Cmp{
-		clientv3.Compare(clientv3.CreateRevision(s.c.keys.owner), "=", s.tenure.rev),
-	}
+// owned is the condition that a tenure lasts.
+func (c *client) owned(t tenure) clientv3.Cmp {
+	return clientv3.Compare(clientv3.CreateRevision(c.keys.owner), "=", t.rev)
 }
 
 // keep renews the etcd lease and looks whether the key is still there, so that an idle owner notices its loss too.

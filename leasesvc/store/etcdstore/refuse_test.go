@@ -3,11 +3,14 @@ package etcdstore
 import (
 	"context"
 	"errors"
+	"io"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
 	storev1 "github.com/dstm-project/dstm/api/store/v1"
@@ -30,28 +33,36 @@ func refused(t *testing.T, o Options, want string) {
 	}
 }
 
-func TestRefusals(t *testing.T) {
-	change := func(t *testing.T, f func(m *storev1.EtcdMeta)) Options {
-		o := created(t, shared)
-		k := newKeys(o.Prefix)
-		r, err := shared.Client.Get(t.Context(), k.meta)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var m storev1.EtcdMeta
-		if err := proto.Unmarshal(r.Kvs[0].Value, &m); err != nil {
-			t.Fatal(err)
-		}
-		f(&m)
-		b, err := proto.Marshal(&m)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := shared.Client.Put(t.Context(), k.meta, string(b)); err != nil {
-			t.Fatal(err)
-		}
-		return o
+// changed returns a store whose meta record was changed.
+func changed(t *testing.T, f func(m *storev1.EtcdMeta)) Options {
+	t.Helper()
+	o := created(t, shared)
+	k := newKeys(o.Prefix)
+	r, err := shared.Client.Get(t.Context(), k.meta)
+	if err != nil {
+		t.Fatal(err)
 	}
+	var m storev1.EtcdMeta
+	if err := proto.Unmarshal(r.Kvs[0].Value, &m); err != nil {
+		t.Fatal(err)
+	}
+	f(&m)
+	b, err := proto.Marshal(&m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := shared.Client.Put(t.Context(), k.meta, string(b)); err != nil {
+		t.Fatal(err)
+	}
+	return o
+}
+
+// elsewhere returns a store that was made in another etcd cluster.
+func elsewhere(t *testing.T) Options {
+	return changed(t, func(m *storev1.EtcdMeta) { m.EtcdCluster = 0x42 })
+}
+
+func TestRefusals(t *testing.T) {
 	for _, c := range []struct {
 		name, want string
 		options    func(t *testing.T) Options
@@ -63,11 +74,9 @@ func TestRefusals(t *testing.T) {
 			return o
 		}},
 		{"other layout", "layout 7: this version reads layout 1", func(t *testing.T) Options {
-			return change(t, func(m *storev1.EtcdMeta) { m.Meta.Layout = 7 })
+			return changed(t, func(m *storev1.EtcdMeta) { m.Meta.Layout = 7 })
 		}},
-		{"other etcd", "it was made in etcd cluster 42 and is in cluster ", func(t *testing.T) Options {
-			return change(t, func(m *storev1.EtcdMeta) { m.EtcdCluster = 0x42 })
-		}},
+		{"other etcd", "it was made in etcd cluster 42 and is in cluster ", elsewhere},
 		{"ttl", "ttl 1.5s: want whole seconds from 2s", func(t *testing.T) Options {
 			o := options(t, shared)
 			o.TTL = 1500 * time.Millisecond
@@ -269,12 +278,30 @@ func TestCompaction(t *testing.T) {
 	if err := b.check(t.Context(), s); err != nil {
 		t.Error(err)
 	}
+	filledCompacted(t, c, o)
+}
+
+// filledCompacted copies a store while etcd forgets the revision that is copied.
+func filledCompacted(t *testing.T, c *etcdtest.Cluster, o Options) {
 	o.Prefix += ".filled"
 	if err := Create(t.Context(), o); err != nil {
 		t.Fatal(err)
 	}
-	err = filled(t, o).Snapshot(t.Context(), &compactor{t: t, c: c.Client})
-	if err == nil || !strings.Contains(err.Error(), "--auto-compaction-retention") {
+	w := &compactor{t: t, c: c.Client}
+	o.dial = dialOptions{grpc.WithChainUnaryInterceptor(
+		func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			if _, ok := req.(*pb.RangeRequest); ok {
+				w.once()
+			}
+			return invoke(ctx, method, req, reply, cc, opts...)
+		})}
+	s := open(t, o)
+	defer s.Close()
+	filled(t, s)
+	if err := s.Snapshot(t.Context(), io.Discard); err == nil || !strings.Contains(err.Error(), "--auto-compaction-retention") {
 		t.Errorf("copy during a compaction: %v, want the setting named", err)
+	}
+	if err := s.Snapshot(t.Context(), io.Discard); err != nil {
+		t.Errorf("the next copy: %v", err)
 	}
 }

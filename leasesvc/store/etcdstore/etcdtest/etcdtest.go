@@ -55,7 +55,7 @@ func Start(o Options) (*Cluster, error) {
 	}
 	var initial []string
 	for i := range o.Members {
-		hosts, err := freeHosts(2)
+		hosts, err := FreeHosts(2)
 		if err != nil {
 			return nil, err
 		}
@@ -89,8 +89,8 @@ func Start(o Options) (*Cluster, error) {
 // take the place of a member that is down.
 const lowestPort, highestPort = 10000, 32767
 
-// freeHosts returns addresses on loopback whose ports were free just now.
-func freeHosts(n int) ([]string, error) {
+// FreeHosts returns addresses on loopback whose ports were free just now and are not chosen for outgoing connections.
+func FreeHosts(n int) ([]string, error) {
 	var out []string
 	for tries := 0; len(out) < n; tries++ {
 		port := lowestPort + rand.IntN(highestPort-lowestPort+1)
