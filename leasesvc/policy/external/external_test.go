@@ -101,6 +101,7 @@ func gone(t *testing.T, pid int, began string) {
 			return
 		}
 		if time.Now().After(end) {
+			_ = unix.Kill(pid, unix.SIGKILL)
 			t.Fatalf("process %d is still there", pid)
 		}
 	}
