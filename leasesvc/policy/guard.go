@@ -103,8 +103,7 @@ func (g *guard) call(ctx context.Context, r Request) (Decision, outcome) {
 	case g.calls <- struct{}{}:
 		defer func() { <-g.calls }()
 	case <-ctx.Done():
-		how = cmp.Or(interrupted(ctx), outBusy)
-		if how == outTimeout {
+		if how = interrupted(ctx); how == outTimeout {
 			how = outBusy
 		}
 		g.leave(p, turn, how)

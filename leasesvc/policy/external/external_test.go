@@ -101,6 +101,7 @@ func gone(t *testing.T, pid int, began string) {
 			return
 		}
 		if time.Now().After(end) {
+			_ = unix.Kill(pid, unix.SIGKILL)
 			t.Fatalf("process %d is still there", pid)
 		}
 	}
@@ -201,6 +202,18 @@ func TestLies(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestLongestName: the longest name that the configuration takes leaves room for the socket.
+func TestLongestName(t *testing.T) {
+	const most = 60 // of dir and name, see policy.Config.Check
+	dir, conf := socketDir(t), self("plain")
+	conf.Name = strings.Repeat("x", most-len(dir))
+	p, err := Starter(dir, slog.New(slog.DiscardHandler))(t.Context(), conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Close()
 }
 
 // TestStartErrors: what cannot be a plugin is not started, or ended at once, and the error says why.

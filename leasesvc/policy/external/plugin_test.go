@@ -70,29 +70,8 @@ func runPlugin(mode string) error {
 	case "elsewhere":
 		fmt.Println("1|1|unix|/run/other.sock|grpc|")
 		select {}
-	case "nocert", "ends":
-		l, err := net.Listen("unix", filepath.Join(os.Getenv("PLUGIN_UNIX_SOCKET_DIR"), "s"))
-		if err != nil {
-			return err
-		}
-		cert := ""
-		if mode == "ends" {
-			cert = base64.RawStdEncoding.EncodeToString(stranger().Certificate[0])
-		}
-		fmt.Printf("1|1|unix|%s|grpc|%s\n", l.Addr(), cert)
-		if mode == "ends" {
-			return nil
-		}
-		g := grpc.NewServer()
-		policyv1.RegisterPolicyServer(g, &decider{mode: "plain"})
-		return g.Serve(l)
-	case "mute":
-		l, err := net.Listen("unix", filepath.Join(os.Getenv("PLUGIN_UNIX_SOCKET_DIR"), "s"))
-		if err != nil {
-			return err
-		}
-		fmt.Printf("1|1|unix|%s|grpc|%s\n", l.Addr(), base64.RawStdEncoding.EncodeToString(stranger().Certificate[0]))
-		select {}
+	case "nocert", "ends", "mute":
+		return halfPlugin(mode)
 	case "deaf":
 		signal.Ignore(syscall.SIGTERM)
 	case "leaves":
@@ -113,6 +92,28 @@ func runPlugin(mode string) error {
 	}
 	servePlain(mode)
 	return nil
+}
+
+// halfPlugin says a handshake of its own and does not keep it.
+func halfPlugin(mode string) error {
+	l, err := net.Listen("unix", filepath.Join(os.Getenv("PLUGIN_UNIX_SOCKET_DIR"), "s"))
+	if err != nil {
+		return err
+	}
+	cert := ""
+	if mode != "nocert" {
+		cert = base64.RawStdEncoding.EncodeToString(stranger().Certificate[0])
+	}
+	fmt.Printf("1|1|unix|%s|grpc|%s\n", l.Addr(), cert)
+	switch mode {
+	case "ends":
+		return nil
+	case "mute":
+		select {}
+	}
+	g := grpc.NewServer()
+	policyv1.RegisterPolicyServer(g, &decider{mode: "plain"})
+	return g.Serve(l)
 }
 
 // servePlain is how a third party does it with go-plugin alone.
