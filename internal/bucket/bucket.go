@@ -30,6 +30,9 @@ func New[K comparable](n int, window time.Duration, burst, most int) *Set[K] {
 	return &Set[K]{each: each, size: each * time.Duration(burst), full: full}
 }
 
+// Len returns how many buckets are remembered.
+func (s *Set[K]) Len() int { return s.full.Len() }
+
 // Next returns when the bucket of k will be full again if one is taken now, and whether one may be.
 func (s *Set[K]) Next(now time.Duration, k K) (full time.Duration, ok bool) {
 	if s == nil {

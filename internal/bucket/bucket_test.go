@@ -3,6 +3,8 @@ package bucket
 import (
 	"testing"
 	"time"
+
+	"pgregory.net/rapid"
 )
 
 func TestSet(t *testing.T) {
@@ -43,4 +45,65 @@ func TestSet(t *testing.T) {
 	if none := New[string](0, time.Second, 1, 1); !none.Take(0, "a") || none.Set(0, "a", 0) {
 		t.Error("no limit refuses")
 	}
+}
+
+// TestEviction: what was forgotten begins with a fresh bucket and not with more, and what was used last is not forgotten.
+func TestEviction(t *testing.T) {
+	b := New[int](5, time.Minute, 5, 3)
+	take := func(k int) (ok, spilled bool) {
+		full, ok := b.Next(0, k)
+		return ok, ok && b.Set(0, k, full)
+	}
+	for range 4 {
+		take(1)
+	}
+	take(2)
+	take(3)
+	take(1) // the fifth: empty now, and the last one used
+	if ok, _ := take(1); ok {
+		t.Fatal("a sixth was granted")
+	}
+	if _, spilled := take(4); !spilled {
+		t.Error("2 made room and was not full: not said")
+	}
+	if ok, _ := take(1); ok {
+		t.Error("1 was forgotten, though used after 2 and 3")
+	}
+	n := 0
+	for ok, _ := take(2); ok; ok, _ = take(2) {
+		n++
+	}
+	if n != 5 {
+		t.Errorf("the forgotten one got %d, want a fresh bucket of 5", n)
+	}
+	if b.Len() != 3 {
+		t.Errorf("%d entries, want 3", b.Len())
+	}
+	if spilled := b.Set(time.Hour, 9, time.Hour); spilled {
+		t.Error("a full bucket made room: nothing is lost")
+	}
+}
+
+// TestBound: over any time a key gets at most a bucket and what it earns meanwhile, however it spreads its tries.
+func TestBound(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		conf := struct {
+			n      int
+			window time.Duration
+		}{rapid.IntRange(1, 50).Draw(t, "n"), time.Duration(rapid.Int64Range(int64(time.Second), int64(time.Hour)).Draw(t, "window"))}
+		b := New[string](conf.n, conf.window, conf.n, 2)
+		var now time.Duration
+		granted := 0
+		for _, gap := range rapid.SliceOfN(rapid.Int64Range(0, int64(conf.window)/2), 1, 200).Draw(t, "gaps") {
+			now += time.Duration(gap)
+			if full, ok := b.Next(now, "a"); ok {
+				b.Set(now, "a", full)
+				granted++
+			}
+			// one more for what the division rounds
+			if most := conf.n + int(now/(conf.window/time.Duration(conf.n))) + 1; granted > most {
+				t.Fatalf("%d granted in %s, want at most %d", granted, now, most)
+			}
+		}
+	})
 }

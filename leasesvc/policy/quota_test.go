@@ -5,8 +5,6 @@ import (
 	"net/netip"
 	"testing"
 	"time"
-
-	"pgregory.net/rapid"
 )
 
 func noEvictions(t *testing.T) func() {
@@ -72,64 +70,6 @@ func TestOneQuota(t *testing.T) {
 	}
 }
 
-// TestEviction: what was forgotten begins with a fresh bucket and not with more, and what was used last is not forgotten.
-func TestEviction(t *testing.T) {
-	b := newBuckets[int](Quota{5, time.Minute}, 3)
-	take := func(k int) (ok, spilled bool) {
-		full, ok := b.next(0, k)
-		return ok, ok && b.set(0, k, full)
-	}
-	for range 4 {
-		take(1)
-	}
-	take(2)
-	take(3)
-	take(1) // the fifth: empty now, and the last one used
-	if ok, _ := take(1); ok {
-		t.Fatal("a sixth was granted")
-	}
-	if _, spilled := take(4); !spilled {
-		t.Error("2 made room and was not full: not said")
-	}
-	if ok, _ := take(1); ok {
-		t.Error("1 was forgotten, though used after 2 and 3")
-	}
-	n := 0
-	for ok, _ := take(2); ok; ok, _ = take(2) {
-		n++
-	}
-	if n != 5 {
-		t.Errorf("the forgotten one got %d, want a fresh bucket of 5", n)
-	}
-	if b.full.Len() != 3 {
-		t.Errorf("%d entries, want 3", b.full.Len())
-	}
-	if spilled := b.set(time.Hour, 9, time.Hour); spilled {
-		t.Error("a full bucket made room: nothing is lost")
-	}
-}
-
-// TestQuotaBound: over any time a host gets at most a bucket and what it earns meanwhile, however it spreads its tries.
-func TestQuotaBound(t *testing.T) {
-	rapid.Check(t, func(t *rapid.T) {
-		conf := Quota{Binds: rapid.IntRange(1, 50).Draw(t, "binds"), Window: time.Duration(rapid.Int64Range(int64(time.Second), int64(time.Hour)).Draw(t, "window"))}
-		b := newBuckets[string](conf, 2)
-		var now time.Duration
-		granted := 0
-		for _, gap := range rapid.SliceOfN(rapid.Int64Range(0, int64(conf.Window)/2), 1, 200).Draw(t, "gaps") {
-			now += time.Duration(gap)
-			if full, ok := b.next(now, "a"); ok {
-				b.set(now, "a", full)
-				granted++
-			}
-			// one more for what the division rounds
-			if most := conf.Binds + int(now/(conf.Window/time.Duration(conf.Binds))) + 1; granted > most {
-				t.Fatalf("%d granted in %s, want at most %d", granted, now, most)
-			}
-		}
-	})
-}
-
 // TestQuotaMemory fills both tables beyond their size.
 func TestQuotaMemory(t *testing.T) {
 	now := at(t, "2026-03-04 12:00")
@@ -143,7 +83,7 @@ func TestQuotaMemory(t *testing.T) {
 			t.Fatalf("host %d: %+v", i, d)
 		}
 	}
-	if h, n := q.hosts.full.Len(), q.nets.full.Len(); h != maxBuckets || n != maxBuckets || evicted != 2*more {
+	if h, n := q.hosts.Len(), q.nets.Len(); h != maxBuckets || n != maxBuckets || evicted != 2*more {
 		t.Errorf("%d hosts, %d /64, %d evictions: want %d each and %d", h, n, evicted, maxBuckets, 2*more)
 	}
 }
