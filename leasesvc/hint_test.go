@@ -2,6 +2,7 @@ package leasesvc_test
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"strings"
 	"sync"
@@ -172,4 +173,41 @@ func TestWatchHosts(t *testing.T) {
 	eventually(t, "the revoke is seen", func() bool { m, ok := next().(leaseclient.HostState); return ok && m.Left == 0 })
 	a.Close()
 	eventually(t, "the host is gone", func() bool { m, ok := next().(leaseclient.HostGone); return ok && m.Source == loopback })
+}
+
+// TestHintsStop: resolvers are told to send no hints once the pool is nearly full, and to send them again when it is well
+// below.
+func TestHintsStop(t *testing.T) {
+	w := newWorld(t, "pools: [{name: main, prefix: 198.51.100.0/28, tep_address: \"2001:db8:a::1\"}]\n")
+	w.gateway("tep1")
+	watch, err := w.client(tlsid.RoleResolver, "dns1").WatchHosts(t.Context(), []netip.Prefix{netip.MustParsePrefix("::1/128")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer watch.Close()
+	until := func(on bool) {
+		t.Helper()
+		for {
+			m, err := watch.Recv()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if p, ok := m.(leaseclient.PoolState); ok && p.HintsOn == on {
+				return
+			}
+		}
+	}
+	until(true)
+	hosts := map[*leaseclient.Conn]leaseclient.Lease{}
+	for i := range 15 {
+		h := w.client(tlsid.RoleHost, fmt.Sprint("host", i))
+		hosts[h] = bind(t, h)
+	}
+	until(false)
+	for h, l := range hosts {
+		if release(t, h, l); len(hosts) > 10 {
+			delete(hosts, h)
+		}
+	}
+	until(true)
 }

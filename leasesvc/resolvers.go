@@ -135,7 +135,19 @@ func (s *Server) poolState() *leasev1.PoolState {
 		st := c.Stats()
 		dry = dry && st.Free+st.Reserved == 0
 	}
-	return &leasev1.PoolState{HintsOn: true, Dry: dry}
+	return &leasev1.PoolState{HintsOn: !s.short, Dry: dry}
+}
+
+// runsShort reports whether resolvers should send no hints: from the time at which every pool is nearly full until one of them
+// is well below. Hosts that need IPv4 still bind, by their first packet.
+func (s *Server) runsShort() bool {
+	for _, c := range s.cores {
+		p := c.Pressure()
+		if p == lease.PressureNone || p == lease.PressureHigh && !s.short {
+			return false
+		}
+	}
+	return true
 }
 
 // Hint implements the Resolvers service.

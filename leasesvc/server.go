@@ -51,6 +51,7 @@ type Server struct {
 	pending *store.Pending // of the newest transaction
 	hosts   hosts
 	dry     bool            // no pool has a free address
+	short   bool            // see runsShort
 	resync  map[string]bool // gateways whose table is in doubt: the next session brings a whole one
 	checked map[string]time.Duration
 	caps    map[string][]string // of the gateways
@@ -259,8 +260,8 @@ func (s *Server) sweepOnce() time.Duration {
 	if at, ok := s.fence.Next(now.Mono); ok {
 		next = min(next, at)
 	}
-	if dry := s.poolState().Dry; dry != s.dry {
-		s.dry = dry
+	if dry, short := s.poolState().Dry, s.runsShort(); dry != s.dry || short != s.short {
+		s.dry, s.short = dry, short
 		for w := range s.hosts.watchers {
 			w.kick()
 		}
