@@ -19,7 +19,7 @@ import (
 )
 
 func (a *app) dbCommand() *cobra.Command {
-	return group("db", "Back up, check and restore the store of the lease service", a.backupCommand(), a.checkCommand(), a.restoreCommand())
+	return group("db", "Back up, check and restore the store of the lease service", a.backupCommand(), a.checkCommand(), a.restoreCommand(), a.adoptCommand())
 }
 
 // reportView is what is in a store file.
@@ -124,16 +124,17 @@ func (a *app) restoreCommand() *cobra.Command {
 			"address until it knows from every gateway which leases are in force that the copy does not know.",
 	}
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		file := serviceConfig
-		if cmd.Flags().Changed("config") {
-			file = a.config
-		}
-		c, err := leasesvc.LoadConfig(file)
+		c, err := a.service(cmd)
 		if err != nil {
-			return daemon.Usage(err)
+			return err
 		}
 		o.From, o.Path, o.Copies, o.Epoch, o.Now = args[0], c.Store.Path, c.CopiesDir(), lease.Epoch(epoch), a.now()
-		r, err := boltstore.Restore(o)
+		restore := boltstore.Restore
+		if c.Store.Type == leasesvc.StoreEtcd {
+			o.Path = "etcd"
+			restore = func(o boltstore.RestoreOptions) (boltstore.Restored, error) { return restoreEtcd(cmd.Context(), c, o) }
+		}
+		r, err := restore(o)
 		if err != nil {
 			return err
 		}

@@ -43,6 +43,9 @@ type State struct {
 
 // Tx is one transaction. Revisions in it follow on those before: every one from the store's newest on is in some Tx.
 //
+// It is acknowledged as a whole. A crash before may leave a beginning of it: commits and pools in order of revision, then
+// members, then what is removed, each record whole; Recovered comes with the last one.
+//
 // An empty one is a barrier. It completes once everything before it is durable and, with a store that several services
 // share, once it has been seen after the call that this one is still the owner.
 type Tx struct {

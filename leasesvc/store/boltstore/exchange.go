@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"path/filepath"
 
 	"go.etcd.io/bbolt"
 	"google.golang.org/protobuf/proto"
 
 	storev1 "github.com/dstm-project/dstm/api/store/v1"
+	"github.com/dstm-project/dstm/lease"
 )
 
 // Table is a kind of records in a store file. Keys and values are those of packages record and audit, which other stores
@@ -147,4 +150,18 @@ func Read(ctx context.Context, path string, yield func(t Table, k, v []byte) err
 		return nil, fmt.Errorf("store %s: %w", path, err)
 	}
 	return m, nil
+}
+
+// NewestEpoch returns the newest epoch of a cluster among the copies in a directory, 0 without any.
+func NewestEpoch(dir string, cluster lease.ClusterID) (newest lease.Epoch, err error) {
+	names, err := list(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return 0, err
+	}
+	for _, n := range names {
+		if st, err := peek(filepath.Join(dir, n)); err == nil && st.Cluster == cluster {
+			newest = max(newest, st.Epoch)
+		}
+	}
+	return newest, nil
 }

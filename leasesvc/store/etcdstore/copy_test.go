@@ -146,7 +146,7 @@ func TestRestoreBrokenOff(t *testing.T) {
 		t.Error("created over half a store")
 	}
 	from := above()
-	from.Epoch = 0
+	from.Epoch, from.Copies = 0, t.TempDir()
 	r, err := Restore(t.Context(), o, from)
 	if err != nil || r.Epoch != 8 {
 		t.Fatalf("%v, epoch %d, want 8", err, r.Epoch)

@@ -36,7 +36,7 @@ func (c *client) campaign(ctx context.Context, o Options) (tenure, error) {
 		switch {
 		case ctx.Err() != nil:
 			return tenure{}, ctx.Err()
-		case isFinal(err):
+		case isFinal(err) && !errors.Is(err, rpctypes.ErrNoSpace): // which an operator can end
 			return tenure{}, err
 		case err == nil && holder == "":
 			return t, nil

@@ -16,9 +16,10 @@ import (
 
 // From says what a store is restored from.
 type From struct {
-	Path  string      // of a copy: a store file
-	Aside string      // file that the store in place is copied to before
-	Epoch lease.Epoch // the new epoch is above it
+	Path   string      // of a copy: a store file
+	Aside  string      // file that the store in place is copied to before
+	Copies string      // directory in which epochs are looked for; empty = none
+	Epoch  lease.Epoch // the new epoch is above it
 	// OtherCluster allows that the store in place is of another cluster, or cannot be read, so that nobody knows.
 	OtherCluster bool
 	// Problems allows a copy that contradicts itself, see boltstore.Report.
@@ -118,6 +119,13 @@ func (w *restorer) place(ctx context.Context, r *Restored) (newest lease.Epoch, 
 		return 0, err
 	}
 	newest = max(w.from.Epoch, r.Epoch)
+	if w.from.Copies != "" {
+		copied, err := boltstore.NewestEpoch(w.from.Copies, r.Cluster)
+		if err != nil {
+			return 0, err
+		}
+		newest = max(newest, copied)
+	}
 	for _, i := range []int{1, 2} {
 		kvs := got.Responses[i].GetResponseRange().GetKvs()
 		if len(kvs) == 0 {
