@@ -1,7 +1,6 @@
 package etcdstore
 
 import (
-	"fmt"
 	"sync"
 	"testing"
 
@@ -13,12 +12,7 @@ import (
 // of one machine.
 func BenchmarkCommit(b *testing.B) {
 	const callers = 64
-	o := options(b, shared)
-	o.Prefix += fmt.Sprint("/", b.N) // the benchmark runs several times
-	if err := Create(b.Context(), o); err != nil {
-		b.Fatal(err)
-	}
-	s := open(b, o)
+	s := open(b, created(b, shared))
 	defer s.Close()
 	st, err := s.Load(b.Context())
 	if err != nil {

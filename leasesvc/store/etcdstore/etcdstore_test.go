@@ -2,6 +2,7 @@ package etcdstore
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"os"
 	"slices"
@@ -49,9 +50,9 @@ func testMain(m *testing.M) int {
 
 const patience = 20 * time.Second
 
-// options returns those of a cell of the test's own on a cluster.
+// options returns those of a new cell on a cluster.
 func options(t testing.TB, c *etcdtest.Cluster) Options {
-	return Options{Endpoints: c.Endpoints(), Prefix: "/test/" + t.Name(), Cell: "lab", Name: "lease1", TTL: 2 * time.Second}
+	return Options{Endpoints: c.Endpoints(), Prefix: "/test/" + t.Name() + "/" + rand.Text(), Cell: "lab", Name: "lease1", TTL: 2 * time.Second}
 }
 
 func created(t testing.TB, c *etcdtest.Cluster) Options {
