@@ -57,6 +57,11 @@ lab: ## build and run the whole system in network namespaces, and leave it up (n
 	@$(MAKE) --no-print-directory build
 	@hack/lab
 
+.PHONY: model
+model: ## check the models of the fencing with spin
+	hack/deps model
+	model/run.sh
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME each
 	hack/fuzz $(FUZZTIME)

@@ -18,7 +18,7 @@ check() {
   shift 3
   grep -qE -- "$pattern" <<<"$model $want $name $*" || return 0
   rm -f pan ./*.trail
-  if ! { spin "$@" -a "$here/$model.pml" && gcc -O3 -w -DSAFETY -DCOLLAPSE -DMEMLIM=6000 -o pan pan.c; } >build 2>&1; then
+  if ! { spin "$@" -a "$here/$model.pml" && gcc -O1 -w -DSAFETY -DCOLLAPSE -DMEMLIM=6000 -o pan pan.c; } >build 2>&1; then
     cat build
     got="no build"
   else
