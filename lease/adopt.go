@@ -26,12 +26,12 @@ func (c *Core) adopt(now Now, b Binding) {
 		return
 	}
 	e := &c.entries[i]
-	if e.Gen >= b.Gen || e.State == Conflict || e.excluded || e.cut {
+	if e.gen >= b.Gen || e.state == Conflict || e.excluded || e.cut {
 		return // the store knows as much, or the address is not one to lease
 	}
 	host, valid := UnknownHost(b.Host), c.cfg.Timers.Valid
-	if e.State == Bound && e.Source == b.Host { // bound again since the copy was made
-		host, valid = e.Host, e.Valid
+	if e.state == Bound && e.source == bytes16(b.Host) { // bound again since the copy was made
+		host, valid = e.host, e.valid
 	}
 	c.supersede(now, i, ReasonExpired)
 	if _, other := c.cell.Where(host); other { // one source, two addresses: the other one has been adopted already
@@ -44,13 +44,13 @@ func (c *Core) adopt(now Now, b Binding) {
 // and nobody can forward for the older one, or only to the same host.
 func (c *Core) supersede(now Now, i int32, reason Reason) {
 	e := &c.entries[i]
-	if e.State == Bound {
+	if e.state == Bound {
 		c.end(now, i, reason)
 	}
-	if e.State == Revoking {
-		e.Rev = c.cell.NextRev()
-		e.FencedAt = now.Wall
-		c.commit(i, Record{Rev: e.Rev}, true)
+	if e.state == Revoking {
+		e.rev = c.cell.NextRev()
+		e.fenced = nanos(now.Wall)
+		c.commit(i, Record{Rev: e.rev}, true)
 	}
 }
 
@@ -61,5 +61,5 @@ func (c *Core) claim(ev Bind) (int32, bool) {
 		return 0, false
 	}
 	i, here := c.index(r)
-	return i, here && c.entries[i].TEP == c.cfg.Pool.TEP
+	return i, here && c.entries[i].tep == c.tep
 }

@@ -1,7 +1,7 @@
 package lease
 
 import (
-	"fmt"
+	"math"
 	"net/netip"
 )
 
@@ -11,10 +11,14 @@ type Cell struct {
 	epoch  Epoch
 	last   Rev
 	per64  int
-	hosts  map[string]Resource
-	counts map[netip.Prefix]int
-	behind map[string]int // addresses that a host has given up and that nobody else can have yet
+	cores  []*Core
+	hosts  map[string]spot // where the lease of a host is, or the last one was
+	counts map[net64]int32 // leases by the network of their tunnel source
+	behind map[string]int  // addresses that a host has given up and that nobody else can have yet
 }
+
+// spot is the place of an address: a core of the cell and an index there.
+type spot struct{ core, i int32 }
 
 // maxBehind is how many addresses a host may have behind it. One that moves, or binds and releases, faster than gateways let
 // go and hold-downs pass would otherwise drain the pool by itself.
@@ -23,7 +27,7 @@ const maxBehind = 4
 // NewCell returns the shared part of a store whose newest revision is last. per64 is the number of leases that tunnel
 // sources of one /64 may have together; 0 = no limit.
 func NewCell(epoch Epoch, last Rev, per64 int) *Cell {
-	return &Cell{epoch: epoch, last: last, per64: per64, hosts: map[string]Resource{}, counts: map[netip.Prefix]int{}, behind: map[string]int{}}
+	return &Cell{epoch: epoch, last: last, per64: per64, hosts: map[string]spot{}, counts: map[net64]int32{}, behind: map[string]int{}}
 }
 
 // Epoch returns the epoch of the store.
@@ -41,20 +45,29 @@ func (c *Cell) NextRev() Rev {
 
 // Where returns what the host holds, in whichever core.
 func (c *Cell) Where(host string) (Resource, bool) {
-	r, ok := c.hosts[host]
-	return r, ok
-}
-
-func net64(a netip.Addr) netip.Prefix {
-	p, err := a.Prefix(64)
-	if err != nil { // an IPv4 or zero address counts for itself
-		return netip.PrefixFrom(a, a.BitLen())
+	if e := c.lastOf(host); e == nil || e.state != Bound || e.host != host {
+		return Resource{}, false
 	}
-	return p
+	at := c.hosts[host]
+	return c.cores[at.core].resource(at.i), true
 }
 
-func (c *Cell) full(source netip.Addr) bool {
-	return c.per64 > 0 && c.counts[net64(source)] >= c.per64
+// lastOf returns the address of the host's lease, or of its last one; nil = none.
+func (c *Cell) lastOf(host string) *entry {
+	at, ok := c.hosts[host]
+	if !ok {
+		return nil
+	}
+	return &c.cores[at.core].entries[at.i]
+}
+
+// net64 is the first half of an IPv6 address.
+type net64 [8]byte
+
+func netOf(a netip.Addr) net64 { b := bytes16(a); return net64(b[:8]) }
+
+func (c *Cell) full(n net64) bool {
+	return c.per64 > 0 && c.counts[n] >= int32(min(c.per64, math.MaxInt32))
 }
 
 // leave and left count an address that is REVOKING or in HOLD.
@@ -66,19 +79,12 @@ func (c *Cell) left(host string) {
 	}
 }
 
-func (c *Cell) add(a *Address) error {
-	if have, ok := c.hosts[a.Host]; ok {
-		return fmt.Errorf("host %s holds %s and %s", a.Host, have, a.Resource)
+// count adds 1 or -1 to the leases of a network.
+func (c *Cell) count(n net64, by int32) {
+	if c.per64 == 0 {
+		return
 	}
-	c.hosts[a.Host] = a.Resource
-	c.counts[net64(a.Source)]++
-	return nil
-}
-
-func (c *Cell) remove(a *Address) {
-	delete(c.hosts, a.Host)
-	n := net64(a.Source)
-	if c.counts[n]--; c.counts[n] <= 0 {
+	if c.counts[n] += by; c.counts[n] <= 0 {
 		delete(c.counts, n)
 	}
 }

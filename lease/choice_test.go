@@ -2,6 +2,7 @@ package lease_test
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"testing"
 	"time"
@@ -286,5 +287,49 @@ func TestPortSetRecords(t *testing.T) {
 	}
 	for range c.Bindings() {
 		t.Error("a contradiction is served")
+	}
+}
+
+// TestCoreDigest: the digest follows every event that changes the table.
+func TestCoreDigest(t *testing.T) {
+	cfg := config("198.51.100.0/29")
+	cfg.PSIDLen = 2
+	c, cell := core(t, cfg, 0)
+	rnd := rand.New(rand.NewPCG(1, 2))
+	hosts := []string{"a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l"}
+	seen := map[lease.Digest]bool{}
+	var now time.Duration
+	for range 5000 {
+		now += time.Duration(rnd.Int64N(int64(time.Minute)))
+		host := hosts[rnd.IntN(len(hosts))]
+		source := srcA.As16()
+		source[15] = byte(rnd.IntN(2))
+		switch rnd.IntN(4) {
+		case 0, 1:
+			ev := lease.Bind{Host: host, Source: netip.AddrFrom16(source), MTU: uint16(1400 + rnd.IntN(3)), PortSet: rnd.IntN(2) == 0, Hurry: true}
+			if r, ok := cell.Where(hosts[rnd.IntN(len(hosts))]); ok && rnd.IntN(4) == 0 {
+				in, _ := c.Lookup(now, r)
+				ev.From = in.Ref()
+			}
+			c.Step(at(now), ev)
+		case 2:
+			if in, ok := c.ByHost(now, host); ok {
+				c.Step(at(now), lease.Release{Host: host, Ref: in.Ref()})
+			}
+		case 3:
+			c.Step(at(now), lease.FenceTo{Rev: lease.MaxRev})
+			c.Step(at(now), lease.Tick{})
+		}
+		var want lease.Digest
+		for b := range c.Bindings() {
+			want.AddBinding(b)
+		}
+		if got := c.Digest(); got != want {
+			t.Fatalf("digest %x, want %x", got, want)
+		}
+		seen[want] = true
+	}
+	if len(seen) < 1000 {
+		t.Errorf("only %d tables seen", len(seen))
 	}
 }

@@ -6,7 +6,7 @@ import "time"
 func (c *Core) Weaken(name string) {
 	switch name {
 	case "ack compared with generation":
-		c.rules.fencedAt = func(a *Address) Rev { return a.Gen.Rev() }
+		c.rules.fencedAt = func(e *entry) Rev { return e.gen.Rev() }
 	case "reservation binds others":
 		c.rules.takesReserved = false
 	case "renewals not written":

@@ -18,13 +18,17 @@ const minPrefixBits = 12
 type Core struct {
 	cfg      Config
 	cell     *Cell
+	number   int32    // of the core in its cell
+	tep      [16]byte // of the pool
 	entries  []entry
 	lists    [Conflict + 1]queue // addresses by state; FREE is in order of leaving: the first was free longest
 	sets     queue               // FREE port sets of addresses that are cut
 	cut      int                 // addresses that are cut
+	digest   Digest              // over the bindings
 	fixed    map[string]int32    // host → index of the address that only it may have
-	previous map[string]int32    // host → index of the address it had last
+	fixedFor map[int32]string    // and the other way round
 	reserved map[string]int32    // host → index of its reservation
+	forHost  map[int32]string    // RESERVED: for whom; REVOKING and HOLD: who takes it along under another identity
 	timers   timerHeap
 	out      Actions
 	rules    rules
@@ -33,7 +37,7 @@ type Core struct {
 // rules are the conditions that the property tests weaken one at a time, to see that they are noticed.
 type rules struct {
 	// fencedAt returns the revision that gateways must have applied before the address may leave REVOKING.
-	fencedAt func(*Address) Rev
+	fencedAt func(*entry) Rev
 	// takesReserved says that a Bind may take the reservation of another host.
 	takesReserved bool
 	// writes says whether a renewal must be written: it promises more at once than any before it.
@@ -44,32 +48,11 @@ type rules struct {
 
 func defaultRules() rules {
 	return rules{
-		fencedAt:      func(a *Address) Rev { return a.RevokeRev },
+		fencedAt:      func(e *entry) Rev { return e.revokeRev },
 		takesReserved: true,
 		writes:        func(stored, valid time.Duration) bool { return stored < valid },
 		newGen:        func(c *Cell, r Rev) Gen { return MakeGen(c.epoch, r) },
 	}
-}
-
-// entry is one address, or one port set of it. prev and next link it into the list of its state.
-type entry struct {
-	Address
-	prev, next int32
-	timer      int32         // position in the heap, -1 = none
-	at         time.Duration // when the state ends by itself
-	forHost    string        // RESERVED: for whom; REVOKING and HOLD: who takes it along under another identity
-	fixed      string        // only this host may have it
-	excluded   bool
-	cut        bool  // an address that is leased by port sets, in no list itself
-	first      int32 // an address: index of its port set 0; 0 = it was never cut
-	whole      int32 // a port set: index of its address
-	free       int32 // an address that is cut: how many of its port sets are FREE
-}
-
-// queue is a doubly linked list of entries through their prev and next.
-type queue struct {
-	head, tail int32
-	n, sets    int // addresses and port sets
 }
 
 // NewCore builds the core of a slice from the records that the store holds for it; none for a new one. See Loader.
@@ -102,18 +85,17 @@ func NewLoader(cfg Config, cell *Cell) (*Loader, error) {
 		return nil, fmt.Errorf("pool %s: %w", cfg.Pool.Name, err)
 	}
 	c := &Core{
-		cfg: cfg, cell: cell, entries: make([]entry, 1<<(32-p.Bits())),
-		fixed: map[string]int32{}, previous: map[string]int32{}, reserved: map[string]int32{}, rules: defaultRules(),
+		cfg: cfg, cell: cell, entries: make([]entry, 1<<(32-p.Bits())), fixed: map[string]int32{}, fixedFor: map[int32]string{},
+		reserved: map[string]int32{}, forHost: map[int32]string{}, rules: defaultRules(),
+		number: int32(len(cell.cores)), tep: bytes16(cfg.Pool.TEP),
 	}
 	c.timers.c = c
 	for i := range c.lists {
 		c.lists[i] = queue{head: -1, tail: -1}
 	}
 	c.sets = queue{head: -1, tail: -1}
-	addr := p.Addr()
 	for i := range c.entries {
-		c.entries[i] = entry{Address: Address{Resource: Whole(addr)}, prev: -1, next: -1, timer: -1}
-		addr = addr.Next()
+		c.entries[i] = entry{prev: -1, next: -1, timer: -1}
 	}
 	if cfg.PSIDLen > MaxPSIDLen {
 		return nil, fmt.Errorf("pool %s: port sets of length %d: want at most %d", cfg.Pool.Name, cfg.PSIDLen, MaxPSIDLen)
@@ -125,10 +107,10 @@ func NewLoader(cfg Config, cell *Cell) (*Loader, error) {
 	}
 	for host, a := range cfg.Fixed {
 		if i, ok := c.index(Whole(a)); ok {
-			c.entries[i].fixed = host
-			c.fixed[host] = i
+			c.fixed[host], c.fixedFor[i] = i, host
 		}
 	}
+	cell.cores = append(cell.cores, c)
 	return &Loader{c: c, stored: make([]bool, len(c.entries))}, nil
 }
 
@@ -160,7 +142,7 @@ func (l *Loader) Put(r Address) error {
 		return fmt.Errorf("pool %s: address %s was written at revision %d, the store ends at %d", name, r.Resource, r.Rev, c.cell.last)
 	}
 	l.stored[i] = true
-	c.entries[i].Address = r
+	c.entries[i].put(r)
 	return nil
 }
 
@@ -183,7 +165,7 @@ func (l *Loader) Core(now Now) *Core {
 		}
 	}
 	slices.SortFunc(sorted, func(a, b int32) int {
-		return cmp.Or(cmp.Compare(order(&c.entries[a].Address), order(&c.entries[b].Address)), cmp.Compare(a, b))
+		return cmp.Or(cmp.Compare(c.entries[a].order(), c.entries[b].order()), cmp.Compare(a, b))
 	})
 	grace := c.restartGrace()
 	for _, i := range sorted {
@@ -206,47 +188,49 @@ func (l *Loader) contradictions() {
 		if !e.cut || !l.stored[i] {
 			continue
 		}
-		if e.State == Free { // from before it was cut
-			e.Address, l.stored[i] = Address{Resource: e.Resource}, false
+		if e.state == Free { // from before it was cut
+			e.put(Address{})
+			l.stored[i] = false
 			continue
 		}
-		e.State, e.cut = Conflict, false
+		e.state, e.cut = Conflict, false
 		for j := range int32(1) << c.cfg.PSIDLen {
-			if l.stored[e.first+j] {
-				c.entries[e.first+j].State = Conflict
+			if l.stored[e.other+j] {
+				c.entries[e.other+j].state = Conflict
 			}
 		}
 	}
 }
 
 // order sorts revoking addresses by their revoke, as FenceTo takes them, and others by their last event.
-func order(a *Address) Rev {
-	if a.State == Revoking {
-		return a.RevokeRev
+func (e *entry) order() Rev {
+	if e.state == Revoking {
+		return e.revokeRev
 	}
-	return a.Rev
+	return e.rev
 }
 
 func (c *Core) place(now Now, i int32, grace time.Duration) {
 	e := &c.entries[i]
-	if e.Host != "" {
-		c.previous[e.Host] = i
-	}
-	switch e.State {
+	switch e.state {
 	case Bound:
-		if err := c.cell.add(&e.Address); err != nil { // two leases of one host: an operator decides
-			e.State = Conflict
+		if _, ok := c.cell.Where(e.host); ok { // two leases of one host: an operator decides
+			e.state = Conflict
 			break
 		}
+		c.count(i, 1)
 		// Whatever was promised was promised before this instant, for at most Valid. No clock is asked how long ago.
-		c.setTimer(i, now.Mono+max(grace, e.Valid))
+		c.setTimer(i, now.Mono+max(grace, e.valid))
 	case Hold:
 		c.setTimer(i, now.Mono+c.cfg.Timers.HoldDown)
 	case Revoking, Free, Conflict:
 	default: // RESERVED is never stored; anything else was written by a newer version
-		e.State = Conflict
+		e.state = Conflict
 	}
-	c.push(e.State, i)
+	c.push(e.state, i)
+	if last := c.cell.lastOf(e.host); e.host != "" && (last == nil || e.state == Bound || last.state != Bound && last.rev < e.rev) {
+		c.cell.hosts[e.host] = spot{c.number, i}
+	}
 }
 
 // index returns the position of a resource of the slice; of port sets only those of an address that was cut.
@@ -258,7 +242,7 @@ func (c *Core) index(r Resource) (int32, bool) {
 	if r.PSIDLen == 0 {
 		return i, true
 	}
-	first := c.entries[i].first
+	first := c.entries[i].other
 	if r.PSIDLen != c.cfg.PSIDLen || first == 0 {
 		return 0, false
 	}
@@ -275,11 +259,11 @@ func value(a netip.Addr) uint32 {
 func (c *Core) list(i int32) *queue {
 	e := &c.entries[i]
 	switch {
-	case e.State != Free:
-		return &c.lists[e.State]
-	case e.PSIDLen > 0 && c.entries[e.whole].cut:
+	case e.state != Free:
+		return &c.lists[e.state]
+	case e.set && c.entries[e.other].cut:
 		return &c.sets
-	case e.PSIDLen > 0 || e.excluded || e.fixed != "" || e.cut:
+	case e.set || e.excluded || e.cut || c.fixedFor[i] != "":
 		return nil
 	}
 	return &c.lists[Free]
@@ -288,15 +272,15 @@ func (c *Core) list(i int32) *queue {
 // push appends the entry to the list of a state, in which it is from now on.
 func (c *Core) push(s State, i int32) {
 	e := &c.entries[i]
-	e.State = s
+	e.state = s
 	if s == Revoking || s == Hold {
-		c.cell.leave(e.Host)
+		c.cell.leave(e.host)
 	}
 	c.link(i)
-	if s == Free && e.PSIDLen > 0 {
-		w := &c.entries[e.whole]
-		if w.free++; w.free == 1<<e.PSIDLen {
-			c.join(e.whole)
+	if s == Free && e.set {
+		w := &c.entries[e.other]
+		if w.free++; w.free == 1<<c.cfg.PSIDLen {
+			c.join(e.other)
 		}
 	}
 }
@@ -317,7 +301,7 @@ func (c *Core) link(i int32) {
 }
 
 func (l *queue) count(e *entry, by int) {
-	if e.PSIDLen > 0 {
+	if e.set {
 		l.sets += by
 	} else {
 		l.n += by
@@ -328,12 +312,12 @@ func (l *queue) count(e *entry, by int) {
 func (c *Core) pull(i int32) {
 	e := &c.entries[i]
 	c.clearTimer(i)
-	if e.State == Revoking || e.State == Hold {
-		c.cell.left(e.Host)
+	if e.state == Revoking || e.state == Hold {
+		c.cell.left(e.host)
 	}
 	c.unlink(i)
-	if e.State == Free && e.PSIDLen > 0 {
-		c.entries[e.whole].free--
+	if e.state == Free && e.set {
+		c.entries[e.other].free--
 	}
 }
 
@@ -378,22 +362,18 @@ func (c *Core) portSet() (int32, bool) {
 
 // portSets makes the entries of an address's port sets, once, and returns the first.
 func (c *Core) portSets(i int32) int32 {
-	if c.entries[i].first == 0 {
-		c.entries[i].first = int32(len(c.entries))
-		addr := c.entries[i].Addr
-		for psid := range 1 << c.cfg.PSIDLen {
-			c.entries = append(c.entries, entry{
-				Address: Address{Resource: Resource{Addr: addr, PSIDLen: c.cfg.PSIDLen, PSID: uint16(psid)}},
-				prev:    -1, next: -1, timer: -1, whole: i,
-			})
+	if c.entries[i].other == 0 {
+		c.entries[i].other = int32(len(c.entries))
+		for range 1 << c.cfg.PSIDLen {
+			c.entries = append(c.entries, entry{prev: -1, next: -1, timer: -1, set: true, other: i})
 		}
 	}
-	return c.entries[i].first
+	return c.entries[i].other
 }
 
 // join makes an address whole again whose port sets are all free.
 func (c *Core) join(i int32) {
-	first := c.entries[i].first
+	first := c.entries[i].other
 	for j := range int32(1) << c.cfg.PSIDLen {
 		c.unlink(first + j)
 	}
@@ -472,8 +452,8 @@ func (c *Core) Contains(r Resource) bool {
 // Knows reports whether a host has an address of its own here, or was the last to have one.
 func (c *Core) Knows(host string) bool {
 	_, fixed := c.fixed[host]
-	_, previous := c.previous[host]
-	return fixed || previous
+	last, ok := c.cell.hosts[host]
+	return fixed || ok && last.core == c.number
 }
 
 // Waits reports whether an address is REVOKING, so that FenceTo could move it on.
@@ -499,12 +479,12 @@ func (c *Core) ByHost(now time.Duration, host string) (Info, bool) {
 
 func (c *Core) info(now time.Duration, i int32) Info {
 	e := &c.entries[i]
-	in := Info{Address: e.Address}
+	in := Info{Address: c.address(i)}
 	if e.timer >= 0 {
 		in.Left = max(0, e.at-now)
 	}
-	if e.State == Reserved {
-		in.Host = e.forHost
+	if e.state == Reserved {
+		in.Host = c.forHost[i]
 	}
 	return in
 }
@@ -513,7 +493,7 @@ func (c *Core) info(now time.Duration, i int32) Info {
 func (c *Core) All(now time.Duration) iter.Seq[Info] {
 	return func(yield func(Info) bool) {
 		for i := range c.entries {
-			if c.entries[i].State != Free && !yield(c.info(now, int32(i))) {
+			if c.entries[i].state != Free && !yield(c.info(now, int32(i))) {
 				return
 			}
 		}
@@ -525,12 +505,15 @@ func (c *Core) All(now time.Duration) iter.Seq[Info] {
 func (c *Core) Bindings() iter.Seq[Binding] {
 	return func(yield func(Binding) bool) {
 		for i := range c.entries {
-			if e := &c.entries[i]; e.State == Bound && !yield(e.Binding()) {
+			if e := &c.entries[i]; e.state == Bound && !yield(c.binding(int32(i))) {
 				return
 			}
 		}
 	}
 }
+
+// Digest sums up Bindings.
+func (c *Core) Digest() Digest { return c.digest }
 
 // Stats counts the addresses by state.
 func (c *Core) Stats() Stats {

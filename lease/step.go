@@ -35,7 +35,9 @@ func (c *Core) bind(now Now, ev Bind) {
 		c.takeOver(now, i, ev)
 		return
 	}
-	if ev.From.Gen != 0 && !c.takeAlong(now, ev) {
+	along, ok := c.takeAlong(now, ev)
+	if !ok {
+		c.out.Deny = ReasonQuota
 		return
 	}
 	if r, ok := c.cell.Where(ev.Host); ok {
@@ -45,19 +47,22 @@ func (c *Core) bind(now Now, ev Bind) {
 			return
 		}
 		e := &c.entries[i]
-		if e.Source == ev.Source && e.TEP == c.cfg.Pool.TEP {
+		if e.source == bytes16(ev.Source) && e.tep == c.tep {
 			c.extend(now, i, ev.Valid, ev.MTU)
 			return
 		}
-		if c.cell.behind[ev.Host] >= maxBehind || net64(e.Source) != net64(ev.Source) && c.cell.full(ev.Source) {
+		if c.cell.behind[ev.Host] >= maxBehind || c.crowds(e, ev.Source) {
 			c.out.Deny = ReasonQuota // and the lease stays where it was
 			return
 		}
 		c.end(now, i, ReasonMoved)
 	}
-	if c.cell.full(ev.Source) {
+	if c.cell.full(netOf(ev.Source)) {
 		c.out.Deny = ReasonQuota
 		return
+	}
+	if along >= 0 {
+		c.cell.hosts[ev.Host] = spot{c.number, along}
 	}
 	if rev, ok := c.fencing(ev); ok {
 		c.out.Wait = rev
@@ -68,7 +73,7 @@ func (c *Core) bind(now Now, ev Bind) {
 	case !ok:
 		c.out.Deny = ReasonPoolDry
 		return
-	case c.cell.behind[ev.Host] > maxBehind && !c.entries[i].isOf(ev.Host):
+	case c.cell.behind[ev.Host] > maxBehind && !c.isOf(i, ev.Host):
 		c.out.Deny = ReasonQuota
 		return
 	}
@@ -90,38 +95,55 @@ func (c *Core) takeOver(now Now, i int32, ev Bind) {
 	c.grant(now, i, ev)
 }
 
-// takeAlong ends the lease that a host had under another identity and keeps its address for it; false when the event is
-// answered with a refusal.
-func (c *Core) takeAlong(now Now, ev Bind) bool {
+// crowds reports whether a lease that moves to a tunnel source would be one too many in the network there.
+func (c *Core) crowds(e *entry, source netip.Addr) bool {
+	n := netOf(source)
+	return net64(e.source[:8]) != n && c.cell.full(n)
+}
+
+// takeAlong ends the lease that a host had under another identity and keeps its address for it. It returns the address, -1
+// when there is none; false when the host may not move now.
+func (c *Core) takeAlong(now Now, ev Bind) (int32, bool) {
 	i, ok := c.index(ev.From.Resource)
-	if !ok || c.entries[i].State != Bound || c.entries[i].Gen != ev.From.Gen || c.entries[i].Host == ev.Host {
-		return true // it has ended, or is under this identity
+	if ev.From.Gen == 0 || !ok || c.entries[i].state != Bound || c.entries[i].gen != ev.From.Gen || c.entries[i].host == ev.Host {
+		return -1, true // it has ended, or is under this identity
 	}
 	e := &c.entries[i]
-	if c.cell.behind[e.Host] >= maxBehind || net64(e.Source) != net64(ev.Source) && c.cell.full(ev.Source) {
-		c.out.Deny = ReasonQuota
-		return false
+	if c.cell.behind[e.host] >= maxBehind || c.crowds(e, ev.Source) {
+		return -1, false
 	}
 	c.end(now, i, ReasonMoved)
-	e.forHost = ev.Host
-	delete(c.previous, e.Host)
-	c.previous[ev.Host] = i
-	return true
+	c.forHost[i] = ev.Host
+	delete(c.cell.hosts, e.host)
+	return i, true
 }
 
 // isOf reports whether an address that no lease holds is a host's to come back to.
-func (e *entry) isOf(host string) bool { return e.Host == host || e.forHost == host }
+func (c *Core) isOf(i int32, host string) bool {
+	return c.entries[i].host == host || c.forHost[i] == host
+}
 
 // fencing returns the revoke that the host's own address still waits for: it should rather have that one than another, which
 // would be one more that nobody can use for a while.
 func (c *Core) fencing(ev Bind) (Rev, bool) {
-	i, ok := c.previous[ev.Host]
+	i, ok := c.last(ev.Host)
 	if !ok || ev.Hurry {
 		return 0, false
 	}
 	e := &c.entries[i]
-	return e.RevokeRev, e.State == Revoking && e.isOf(ev.Host) && !e.excluded && (e.fixed == "" || e.fixed == ev.Host) &&
-		(e.PSIDLen == 0 || ev.PortSet)
+	return e.revokeRev, e.state == Revoking && !e.excluded && c.mayFix(i, ev.Host) && (!e.set || ev.PortSet)
+}
+
+// last returns the address of this slice that a host had last, if it is still the host's to come back to.
+func (c *Core) last(host string) (int32, bool) {
+	at, ok := c.cell.hosts[host]
+	return at.i, ok && at.core == c.number && c.isOf(at.i, host)
+}
+
+// mayFix reports whether an address is fixed to nobody else.
+func (c *Core) mayFix(i int32, host string) bool {
+	whose := c.fixedFor[i]
+	return whose == "" || whose == host
 }
 
 // choose picks the address for a new lease in constant time. A reservation only orders the choice; it never causes a
@@ -130,14 +152,14 @@ func (c *Core) choose(ev Bind) (int32, bool) {
 	if i, ok := c.fixed[ev.Host]; ok && c.takeable(i, ev) {
 		return i, true
 	}
-	if i, ok := c.previous[ev.Host]; ok && c.entries[i].isOf(ev.Host) && c.takeable(i, ev) {
+	if i, ok := c.last(ev.Host); ok && c.takeable(i, ev) {
 		return i, true
 	}
 	if i, ok := c.reserved[ev.Host]; ok {
 		return i, true
 	}
 	short := ev.PortSet && c.short()
-	if i, ok := c.index(ev.Want); ok && c.entries[i].State == Free && c.takeable(i, ev) && (ev.Want.PSIDLen > 0 || !short) {
+	if i, ok := c.index(ev.Want); ok && c.entries[i].state == Free && c.takeable(i, ev) && (ev.Want.PSIDLen > 0 || !short) {
 		return i, true
 	}
 	if short {
@@ -166,23 +188,23 @@ func (c *Core) short() bool {
 func (c *Core) takeable(i int32, ev Bind) bool {
 	e := &c.entries[i]
 	switch {
-	case e.excluded || e.fixed != "" && e.fixed != ev.Host || e.cut:
+	case e.excluded || e.cut || !c.mayFix(i, ev.Host):
 		return false
-	case e.PSIDLen > 0 && (!ev.PortSet || !c.entries[e.whole].cut):
+	case e.set && (!ev.PortSet || !c.entries[e.other].cut):
 		return false
-	case e.State == Free:
+	case e.state == Free:
 		return true
-	case e.State == Hold:
-		return e.isOf(ev.Host)
+	case e.state == Hold:
+		return c.isOf(i, ev.Host)
 	}
-	return e.State == Reserved && e.forHost == ev.Host
+	return e.state == Reserved && c.forHost[i] == ev.Host
 }
 
 func (c *Core) grant(now Now, i int32, ev Bind) {
 	e := &c.entries[i]
-	if e.State == Reserved {
-		delete(c.reserved, e.forHost)
-		e.forHost = ""
+	if e.state == Reserved {
+		delete(c.reserved, c.forHost[i])
+		delete(c.forHost, i)
 	}
 	if r, ok := c.reserved[ev.Host]; ok {
 		c.unreserve(r)
@@ -196,26 +218,24 @@ func (c *Core) grant(now Now, i int32, ev Bind) {
 func (c *Core) hold(now Now, i int32, ev Bind, tep netip.Addr, valid time.Duration) {
 	e := &c.entries[i]
 	c.pull(i)
-	for _, host := range []string{e.Host, e.forHost} {
-		if at, ok := c.previous[host]; ok && at == i && host != ev.Host {
-			delete(c.previous, host)
+	here := spot{c.number, i}
+	for _, host := range [...]string{e.host, c.forHost[i]} {
+		if at, ok := c.cell.hosts[host]; ok && at == here && host != ev.Host {
+			delete(c.cell.hosts, host)
 		}
 	}
-	e.forHost = ""
+	delete(c.forHost, i)
 	rev := c.cell.NextRev()
-	e.Address = Address{
-		Resource: e.Resource, Gen: c.rules.newGen(c.cell, rev), Rev: rev,
+	e.put(Address{
+		Gen: c.rules.newGen(c.cell, rev), Rev: rev,
 		Host: ev.Host, Source: ev.Source, TEP: tep, MTU: ev.MTU, Trigger: ev.Trigger,
 		BoundAt: now.Wall, Valid: valid,
-	}
-	c.previous[ev.Host] = i
-	// The host has no other lease here or elsewhere: the caller has looked.
-	if err := c.cell.add(&e.Address); err != nil {
-		panic("lease: " + err.Error())
-	}
+	})
+	c.cell.hosts[ev.Host] = here // it has no other lease here or elsewhere: the caller has looked
+	c.count(i, 1)
 	c.push(Bound, i)
 	c.setTimer(i, now.Mono+valid)
-	c.commit(i, BindRecord(rev, e.Binding()), true)
+	c.commit(i, BindRecord(rev, c.binding(i)), true)
 }
 
 // validity returns what a host gets when it asks for want: less when addresses run short, so that those of hosts that
@@ -240,16 +260,18 @@ func (c *Core) validity(want time.Duration) time.Duration {
 func (c *Core) extend(now Now, i int32, want time.Duration, mtu uint16) {
 	e := &c.entries[i]
 	valid := c.validity(want)
-	moved := mtu != 0 && mtu != e.MTU
+	moved := mtu != 0 && mtu != e.mtu
 	// A shorter validity never takes back what was promised before.
 	c.setTimer(i, max(e.at, now.Mono+valid))
-	if moved || c.rules.writes(e.Valid, valid) {
-		e.Valid = max(e.Valid, valid)
-		e.Rev = c.cell.NextRev()
-		record := Record{Rev: e.Rev}
+	if moved || c.rules.writes(e.valid, valid) {
+		e.valid = max(e.valid, valid)
+		e.rev = c.cell.NextRev()
+		record := Record{Rev: e.rev}
 		if moved {
-			e.MTU = mtu
-			record = BindRecord(e.Rev, e.Binding())
+			c.digest.RemoveBinding(c.binding(i))
+			e.mtu = mtu
+			c.digest.AddBinding(c.binding(i))
+			record = BindRecord(e.rev, c.binding(i))
 		}
 		c.commit(i, record, false)
 	}
@@ -259,8 +281,8 @@ func (c *Core) extend(now Now, i int32, want time.Duration, mtu uint16) {
 func (c *Core) answer(i int32, valid time.Duration, renewed bool) {
 	e := &c.entries[i]
 	c.out.Grant = &Grant{
-		Ref: e.Ref(), Host: e.Host, Source: e.Source, TEP: e.TEP, Valid: valid, MTU: e.MTU,
-		Renewed: renewed, Rev: e.Gen.Rev(),
+		Ref: c.ref(i), Host: e.host, Source: addr16(e.source), TEP: addr16(e.tep), Valid: valid, MTU: e.mtu,
+		Renewed: renewed, Rev: e.gen.Rev(),
 	}
 }
 
@@ -272,14 +294,14 @@ func (c *Core) renew(now Now, ev Renew) {
 	}
 	e := &c.entries[i]
 	switch {
-	case e.Gen != ev.Ref.Gen || e.Host != ev.Host:
+	case e.gen != ev.Ref.Gen || e.host != ev.Host:
 		c.out.Deny = ReasonStaleGeneration
-	case e.State != Bound:
-		c.out.Deny = e.End
-		if e.End == ReasonNone {
+	case e.state != Bound:
+		c.out.Deny = e.end
+		if e.end == ReasonNone {
 			c.out.Deny = ReasonStaleGeneration
 		}
-	case e.Source != ev.Source || e.TEP != c.cfg.Pool.TEP:
+	case e.source != bytes16(ev.Source) || e.tep != c.tep:
 		c.out.Deny = ReasonMoved
 	default:
 		c.extend(now, i, ev.Valid, ev.MTU)
@@ -288,10 +310,10 @@ func (c *Core) renew(now Now, ev Renew) {
 
 func (c *Core) release(now Now, ev Release) {
 	i, ok := c.index(ev.Ref.Resource)
-	if !ok || c.entries[i].Gen != ev.Ref.Gen || c.entries[i].State != Bound {
+	if !ok || c.entries[i].gen != ev.Ref.Gen || c.entries[i].state != Bound {
 		return
 	}
-	if c.entries[i].Host != ev.Host {
+	if c.entries[i].host != ev.Host {
 		c.out.Deny = ReasonNotAllowed
 		return
 	}
@@ -309,7 +331,7 @@ func (c *Core) revoke(now Now, ev Revoke) {
 		return
 	}
 	e := &c.entries[i]
-	if e.State != Bound && e.State != Conflict || ev.Ref.Gen != 0 && ev.Ref.Gen != e.Gen {
+	if e.state != Bound && e.state != Conflict || ev.Ref.Gen != 0 && ev.Ref.Gen != e.gen {
 		c.out.Deny = ReasonStaleGeneration
 		return
 	}
@@ -324,15 +346,26 @@ func (c *Core) revoke(now Now, ev Revoke) {
 // anyone else's until every gateway is fenced.
 func (c *Core) end(now Now, i int32, reason Reason) {
 	e := &c.entries[i]
-	if e.State == Bound {
-		c.cell.remove(&e.Address)
+	if e.state == Bound {
+		c.count(i, -1)
 	}
 	c.pull(i)
-	e.Rev = c.cell.NextRev()
-	e.RevokeRev, e.UnboundAt, e.FencedAt, e.End, e.Valid = e.Rev, now.Wall, time.Time{}, reason, 0
+	e.rev = c.cell.NextRev()
+	e.revokeRev, e.unbound, e.fenced, e.end, e.valid = e.rev, nanos(now.Wall), 0, reason, 0
 	c.push(Revoking, i)
-	c.commit(i, UnbindRecord(e.Rev, e.Ref()), true)
-	c.out.Ended = append(c.out.Ended, Ended{Ref: e.Ref(), Host: e.Host, Source: e.Source, Reason: reason})
+	c.commit(i, UnbindRecord(e.rev, c.ref(i)), true)
+	c.out.Ended = append(c.out.Ended, Ended{Ref: c.ref(i), Host: e.host, Source: addr16(e.source), Reason: reason})
+}
+
+// count adds 1 to the leases, or -1, for the one at i.
+func (c *Core) count(i int32, by int32) {
+	c.cell.count(net64(c.entries[i].source[:8]), by)
+	b := c.binding(i)
+	if by > 0 {
+		c.digest.AddBinding(b)
+	} else {
+		c.digest.RemoveBinding(b)
+	}
 }
 
 // fenceTo takes addresses to HOLD in the order in which they were revoked.
@@ -340,15 +373,15 @@ func (c *Core) fenceTo(now Now, fenced Rev) {
 	for i := c.lists[Revoking].head; i >= 0; {
 		e := &c.entries[i]
 		next := e.next
-		if c.rules.fencedAt(&e.Address) > fenced {
+		if c.rules.fencedAt(e) > fenced {
 			return
 		}
 		c.pull(i)
-		e.Rev = c.cell.NextRev()
-		e.FencedAt = now.Wall
+		e.rev = c.cell.NextRev()
+		e.fenced = nanos(now.Wall)
 		c.push(Hold, i)
 		c.setTimer(i, now.Mono+c.cfg.Timers.HoldDown)
-		c.commit(i, Record{Rev: e.Rev}, true)
+		c.commit(i, Record{Rev: e.rev}, true)
 		i = next
 	}
 }
@@ -361,16 +394,16 @@ func (c *Core) tick(now Now) {
 		if e.at > now.Mono {
 			return
 		}
-		switch e.State {
+		switch e.state {
 		case Reserved:
 			c.unreserve(i)
 		case Bound:
 			c.end(now, i, ReasonExpired)
 		case Hold:
 			c.pull(i)
-			e.Rev = c.cell.NextRev()
+			e.rev = c.cell.NextRev()
 			c.push(Free, i)
-			c.commit(i, Record{Rev: e.Rev}, false)
+			c.commit(i, Record{Rev: e.rev}, false)
 		case Free, Revoking, Conflict: // have no timer
 			c.clearTimer(i)
 		}
@@ -384,11 +417,11 @@ func (c *Core) reserve(now Now, host string) {
 	}
 	i, ok := c.reserved[host]
 	if !ok {
-		if i, ok = c.choose(Bind{Host: host}); !ok || c.entries[i].State != Free {
+		if i, ok = c.choose(Bind{Host: host}); !ok || c.entries[i].state != Free {
 			return
 		}
 		c.pull(i)
-		c.entries[i].forHost = host
+		c.forHost[i] = host
 		c.reserved[host] = i
 		c.push(Reserved, i)
 	}
@@ -396,17 +429,15 @@ func (c *Core) reserve(now Now, host string) {
 }
 
 func (c *Core) unreserve(i int32) {
-	e := &c.entries[i]
 	c.pull(i)
-	delete(c.reserved, e.forHost)
-	e.forHost = ""
+	delete(c.reserved, c.forHost[i])
+	delete(c.forHost, i)
 	c.push(Free, i)
 }
 
 func (c *Core) commit(i int32, r Record, audit bool) {
-	e := &c.entries[i]
-	a := e.Address
-	cm := Commit{Rev: e.Rev, Address: a, Record: r}
+	a := c.address(i)
+	cm := Commit{Rev: a.Rev, Address: a, Record: r}
 	if audit && a.Host != "" {
 		cm.Audit = a.Audit()
 	}

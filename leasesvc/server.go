@@ -50,10 +50,9 @@ type Server struct {
 	answers *lease.Answers[*answer]
 	pending *store.Pending // of the newest transaction
 	hosts   hosts
-	dry     bool            // no pool has a free address
-	short   bool            // see runsShort
-	resync  map[string]bool // gateways whose table is in doubt: the next session brings a whole one
-	checked map[string]time.Duration
+	dry     bool                // no pool has a free address
+	short   bool                // see runsShort
+	resync  map[string]bool     // gateways whose table is in doubt: the next session brings a whole one
 	caps    map[string][]string // of the gateways
 	recover *recovery           // nil once the store is known to know every lease
 
@@ -75,7 +74,7 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	}
 	s := &Server{
 		cfg: cfg, d: d, m: newMetrics(d.Registry), start: time.Now(), acked: newSignal(), wake: make(chan struct{}, 1),
-		fatal: make(chan error, 1), resync: map[string]bool{}, checked: map[string]time.Duration{}, caps: map[string][]string{},
+		fatal: make(chan error, 1), resync: map[string]bool{}, caps: map[string][]string{},
 		usage:   map[*lease.Core]*usage{},
 		answers: lease.NewAnswers[*answer](2 * cfg.Timers.MaxValid), pending: store.Done(nil),
 	}

@@ -34,7 +34,6 @@ func (a operatorsAPI) RemoveTep(ctx context.Context, m *leasev1.RemoveTepRequest
 	if err == nil {
 		delete(s.caps, m.GetId())
 		delete(s.resync, m.GetId())
-		delete(s.checked, m.GetId())
 		gone = s.d.Store.Commit(store.Tx{Removed: []string{m.GetId()}})
 	}
 	s.mu.Unlock()

@@ -25,7 +25,6 @@ type tepsAPI struct {
 const (
 	chunkRecords = 1024             // records of one snapshot message
 	maxBeat      = 10 * time.Second // between heartbeats
-	digestEvery  = time.Minute      // between comparisons of one gateway's digest
 )
 
 // session is one life of a gateway's stream.
@@ -105,10 +104,10 @@ func (ss *session) open(ctx context.Context, h lease.Hello) (store.Watcher, erro
 	resume = resume && !s.resync[h.TEP] && h.HaveRev <= s.cell.Last()
 	delete(s.resync, h.TEP)
 	reply, upto, err := ss.grant(h.SentBootNS)
-	var table []lease.Record
+	var t table
 	rev := h.HaveRev
 	if !resume {
-		table, rev = s.table(), s.cell.Last()
+		t, rev = s.table(), s.cell.Last()
 	}
 	s.mu.Unlock()
 	if err != nil {
@@ -122,7 +121,7 @@ func (ss *session) open(ctx context.Context, h lease.Hello) (store.Watcher, erro
 		return nil, err
 	}
 	if !resume {
-		if err := ss.snapshot(rev, table); err != nil {
+		if err := ss.snapshot(rev, t); err != nil {
 			return nil, err
 		}
 	}
@@ -157,29 +156,45 @@ func (s *Server) lagging(now time.Duration, tep string) bool {
 	return slices.Contains(s.fence.Lagging(now), tep) && len(s.fence.Serving(now)) > 0
 }
 
-// table returns every pool and binding. The caller holds mu.
-func (s *Server) table() []lease.Record {
-	var out []lease.Record
-	for _, c := range s.cores {
-		out = append(out, lease.PoolRecord(0, c.Pool(), false))
-		for b := range c.Bindings() {
-			out = append(out, lease.BindRecord(b.Gen.Rev(), b))
-		}
-	}
-	return out
+// table is every pool and binding of a revision.
+type table struct {
+	pools    []lease.Record
+	bindings []lease.Binding
 }
 
-func (ss *session) snapshot(rev lease.Rev, table []lease.Record) error {
+// table copies the table as it is now. The caller holds mu.
+func (s *Server) table() table {
+	var t table
+	bound := 0
+	for _, c := range s.cores {
+		st := c.Stats()
+		bound += st.Bound + st.SetsUsed
+	}
+	t.bindings = make([]lease.Binding, 0, bound)
+	for _, c := range s.cores {
+		t.pools = append(t.pools, lease.PoolRecord(0, c.Pool(), false))
+		t.bindings = slices.AppendSeq(t.bindings, c.Bindings())
+	}
+	return t
+}
+
+func (ss *session) snapshot(rev lease.Rev, t table) error {
+	records := t.pools
 	for index := uint32(0); ; index++ {
-		n := min(len(table), chunkRecords)
-		c := lease.SnapshotChunk{Session: ss.number, Rev: rev, Index: index, Last: n == len(table), Records: table[:n]}
+		n := min(len(t.bindings), chunkRecords)
+		for _, b := range t.bindings[:n] {
+			records = append(records, lease.BindRecord(b.Gen.Rev(), b))
+		}
+		t.bindings = t.bindings[n:]
+		c := lease.SnapshotChunk{Session: ss.number, Rev: rev, Index: index, Last: len(t.bindings) == 0, Records: records}
 		ss.publish(rev)
 		if err := ss.write(wire.FromSnapshotChunk(c)); err != nil {
 			return err
 		}
-		if table = table[n:]; c.Last {
+		if c.Last {
 			return nil
 		}
+		records = records[:0]
 	}
 }
 
@@ -275,20 +290,16 @@ func (ss *session) beat(ctx context.Context, b lease.Heartbeat) error {
 	return ss.write(wire.FromSessionReply(reply))
 }
 
-// compare checks the gateway's digest, now and then, when it holds everything there is. The caller holds mu.
+// compare checks the gateway's digest when it holds everything there is. The caller holds mu.
 func (ss *session) compare(b lease.Heartbeat) error {
 	s := ss.s
-	now := s.now().Mono
-	if last, ok := s.checked[ss.tep]; b.Digest == 0 || b.Applied != s.cell.Last() || ok && now-last < digestEvery {
+	if b.Digest == 0 || b.Applied != s.cell.Last() {
 		return nil
 	}
-	s.checked[ss.tep] = now
 	var want lease.Digest
 	for _, c := range s.cores {
 		want.AddPool(c.Pool())
-		for bd := range c.Bindings() {
-			want.AddBinding(bd)
-		}
+		want += c.Digest()
 	}
 	if b.Digest == want {
 		return nil

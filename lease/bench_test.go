@@ -1,0 +1,66 @@
+package lease_test
+
+import (
+	"fmt"
+	"net/netip"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/dstm-project/dstm/lease"
+)
+
+// full returns a core with n leases, as a restart makes it from its store: a host of each of n /64.
+func full(b *testing.B, n int, prefix string) *lease.Core {
+	cell := lease.NewCell(1, lease.Rev(n), 0)
+	l, err := lease.NewLoader(lease.Config{
+		Pool: lease.Pool{Name: "main", Prefix: netip.MustParsePrefix(prefix), TEP: tepA}, Timers: lease.DefaultTimers(),
+	}, cell)
+	if err != nil {
+		b.Fatal(err)
+	}
+	addr := netip.MustParsePrefix(prefix).Addr()
+	for i := range n {
+		rev := lease.Rev(i + 1)
+		err := l.Put(lease.Address{
+			Resource: lease.Whole(addr), State: lease.Bound, Gen: lease.MakeGen(1, rev), Rev: rev, Host: hostName(i),
+			Source: sourceOf(i), TEP: tepA, BoundAt: epoch, Valid: 15 * time.Minute,
+		})
+		if err != nil {
+			b.Fatal(err)
+		}
+		addr = addr.Next()
+	}
+	return l.Core(lease.Now{Wall: epoch})
+}
+
+func hostName(i int) string { return fmt.Sprintf("host%08d.example.net", i) }
+
+func sourceOf(i int) netip.Addr {
+	return netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0, byte(i >> 16), byte(i >> 8), byte(i), 15: 1})
+}
+
+// BenchmarkCore measures what grows with the number of leases: the memory and the start of a core.
+func BenchmarkCore(b *testing.B) {
+	for _, n := range []int{10_000, 100_000, 1_000_000} {
+		b.Run(fmt.Sprintf("leases=%d", n), func(b *testing.B) {
+			var before, after runtime.MemStats
+			for b.Loop() {
+				b.StopTimer()
+				runtime.GC()
+				runtime.ReadMemStats(&before)
+				b.StartTimer()
+				c := full(b, n, "192.0.0.0/12")
+				b.StopTimer()
+				runtime.GC()
+				runtime.ReadMemStats(&after)
+				if got := c.Stats().Bound; got != n {
+					b.Fatalf("%d leases, want %d", got, n)
+				}
+				b.StartTimer()
+			}
+			b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/float64(n), "B/lease")
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/lease")
+		})
+	}
+}
