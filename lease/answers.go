@@ -1,41 +1,42 @@
 package lease
 
-import (
-	"container/list"
-	"time"
-)
+import "time"
 
 // RequestID is what a host sends along so that a call that it repeats gives the same answer.
 type RequestID [16]byte
 
 // maxAnswers is how many answers are remembered for one host; a host that repeats calls has one or two under way.
-const maxAnswers = 8
+const maxAnswers = 2
 
-// Answers remembers answers by host and request id. The zero value is not usable; see NewAnswers.
+// Answers remembers answers by host and request id. There is one or two for every host that came within the time, so they
+// lie in one array, in a ring in order of age. The zero value is not usable; see NewAnswers.
 type Answers[T any] struct {
 	keep  time.Duration
-	order *list.List // of *answer[T], oldest first
-	hosts map[string][]*list.Element
+	slots []slot[T] // the first is where the ring begins: next is the oldest, prev the newest
+	free  int32     // of a list of free slots through next; 0 = none
+	n     int
+	hosts map[string][maxAnswers]int32 // newest first; 0 = none
 }
 
-type answer[T any] struct {
-	host  string
-	id    RequestID
-	at    time.Duration
-	value T
+type slot[T any] struct {
+	host       string
+	id         RequestID
+	at         time.Duration
+	prev, next int32
+	value      T
 }
 
 // NewAnswers returns an empty memory that keeps each answer for keep: twice the longest validity.
 func NewAnswers[T any](keep time.Duration) *Answers[T] {
-	return &Answers[T]{keep: keep, order: list.New(), hosts: map[string][]*list.Element{}}
+	return &Answers[T]{keep: keep, slots: make([]slot[T], 1), hosts: map[string][maxAnswers]int32{}}
 }
 
 // Get returns the answer that the host got for id before.
 func (a *Answers[T]) Get(now time.Duration, host string, id RequestID) (T, bool) {
 	a.expire(now)
-	for _, e := range a.hosts[host] {
-		if v := e.Value.(*answer[T]); v.id == id {
-			return v.value, true
+	for _, i := range a.hosts[host] {
+		if i != 0 && a.slots[i].id == id {
+			return a.slots[i].value, true
 		}
 	}
 	var zero T
@@ -49,26 +50,56 @@ func (a *Answers[T]) Put(now time.Duration, host string, id RequestID, value T) 
 	if id == (RequestID{}) {
 		return
 	}
-	if have := a.hosts[host]; len(have) >= maxAnswers {
-		a.drop(have[0])
+	have := a.hosts[host]
+	if last := have[maxAnswers-1]; last != 0 {
+		a.drop(last)
 	}
-	e := a.order.PushBack(&answer[T]{host: host, id: id, at: now, value: value})
-	a.hosts[host] = append(a.hosts[host], e)
+	copy(have[1:], have[:])
+	i := a.take()
+	newest := a.slots[0].prev
+	a.slots[i] = slot[T]{host: host, id: id, at: now, prev: newest, value: value}
+	a.slots[newest].next, a.slots[0].prev = i, i
+	have[0] = i
+	a.hosts[host] = have
+	a.n++
 }
 
 // Len returns the number of answers remembered.
-func (a *Answers[T]) Len() int { return a.order.Len() }
+func (a *Answers[T]) Len() int { return a.n }
+
+// take returns a free slot.
+func (a *Answers[T]) take() int32 {
+	i := a.free
+	if i == 0 {
+		a.slots = append(a.slots, slot[T]{})
+		return int32(len(a.slots) - 1)
+	}
+	a.free = a.slots[i].next
+	return i
+}
 
 func (a *Answers[T]) expire(now time.Duration) {
-	for e := a.order.Front(); e != nil && now-e.Value.(*answer[T]).at >= a.keep; e = a.order.Front() {
-		a.drop(e)
+	for i := a.slots[0].next; i != 0 && now-a.slots[i].at >= a.keep; i = a.slots[0].next {
+		a.drop(i)
 	}
 }
 
 // drop forgets the oldest answer of a host.
-func (a *Answers[T]) drop(e *list.Element) {
-	host := a.order.Remove(e).(*answer[T]).host
-	if a.hosts[host] = a.hosts[host][1:]; len(a.hosts[host]) == 0 {
-		delete(a.hosts, host)
+func (a *Answers[T]) drop(i int32) {
+	s := &a.slots[i]
+	have := a.hosts[s.host]
+	for j := range have {
+		if have[j] == i {
+			have[j] = 0
+		}
 	}
+	if have == ([maxAnswers]int32{}) {
+		delete(a.hosts, s.host)
+	} else {
+		a.hosts[s.host] = have
+	}
+	a.slots[s.prev].next, a.slots[s.next].prev = s.next, s.prev
+	*s = slot[T]{next: a.free}
+	a.free = i
+	a.n--
 }

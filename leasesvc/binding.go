@@ -20,7 +20,16 @@ type hostsAPI struct {
 	s *Server
 }
 
-// answer is what a request id was answered with; it may be given again once pending is durable.
+// given is the lease that a request id was answered with.
+type given struct {
+	ref     lease.Ref
+	at      time.Duration
+	valid   time.Duration
+	mtu     uint16
+	renewed bool
+}
+
+// answer is what a host is told once pending is durable.
 type answer struct {
 	grant   *lease.Grant
 	deny    lease.Reason
@@ -79,8 +88,7 @@ func (a hostsAPI) Renew(ctx context.Context, m *leasev1.RenewRequest) (*leasev1.
 		return nil, err
 	}
 	c := callerOf(ctx)
-	id, err := wire.RequestID(m.GetRequestId())
-	if err != nil {
+	if _, err := wire.RequestID(m.GetRequestId()); err != nil {
 		return nil, invalid(err)
 	}
 	ref, err := wire.Ref("lease", m.GetLease())
@@ -103,7 +111,7 @@ func (a hostsAPI) Renew(ctx context.Context, m *leasev1.RenewRequest) (*leasev1.
 		return nil, err
 	}
 	ev := lease.Renew{Host: host, Ref: ref, Source: source, Valid: wire.Duration(m.GetValidMs()), MTU: mtu}
-	return a.s.answered(ctx, c, a.s.renew(id, ev), "renew")
+	return a.s.answered(ctx, c, a.s.renew(ev), "renew")
 }
 
 // Release implements the Hosts service.
@@ -215,7 +223,11 @@ func (s *Server) bind(ctx context.Context, id lease.RequestID, ev lease.Bind, mo
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if ans.wait == 0 {
-		s.settle(s.now(), id, ev.Host, ans)
+		now := s.now()
+		s.settle(now, ev.Host, ans)
+		if g := ans.grant; g != nil {
+			s.answers.Put(now.Mono, ev.Host, id, given{ref: g.Ref, at: ans.at, valid: g.Valid, mtu: g.MTU, renewed: g.Renewed})
+		}
 	}
 	return ans
 }
@@ -226,7 +238,7 @@ func (s *Server) beginBind(id lease.RequestID, ev lease.Bind) (cores []*lease.Co
 	defer s.mu.Unlock()
 	now := s.now()
 	if old, ok := s.answers.Get(now.Mono, ev.Host, id); ok {
-		return nil, false, old
+		return nil, false, s.again(ev, old)
 	}
 	cores, holds = s.coresFor(ev)
 	if !holds && len(s.fence.Serving(now.Mono)) == 0 {
@@ -265,30 +277,40 @@ func (s *Server) decide(ctx context.Context, ev lease.Bind, pool string) policy.
 	return s.d.Policy.Decide(ctx, policy.Request{Host: ev.Host, Source: ev.Source, Trigger: ev.Trigger, Pool: pool})
 }
 
-func (s *Server) renew(id lease.RequestID, ev lease.Renew) *answer {
+// renew needs no memory of request ids: a call that is repeated renews once more what is live, and nothing else.
+func (s *Server) renew(ev lease.Renew) *answer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := s.now()
-	if old, ok := s.answers.Get(now.Mono, ev.Host, id); ok {
-		return old
-	}
 	ans := &answer{deny: lease.ReasonStaleGeneration, pending: s.pending, at: now.Mono}
 	if c := s.core(ev.Ref.Resource); c != nil {
 		acts, p := s.step(now, c, ev)
 		ans.grant, ans.deny, ans.pending = acts.Grant, acts.Deny, p
 	}
-	s.settle(now, id, ev.Host, ans)
+	s.settle(now, ev.Host, ans)
 	return ans
 }
 
-// settle notes what a host was answered. Refusals are not remembered by request id: the next try may find an address.
-func (s *Server) settle(now lease.Now, id lease.RequestID, host string, ans *answer) {
+// again repeats an answer. The caller holds mu.
+func (s *Server) again(ev lease.Bind, g given) *answer {
+	ans := &answer{deny: lease.ReasonStaleGeneration, pending: s.pending, at: g.at}
+	if c := s.core(g.ref.Resource); c != nil {
+		ans.deny = lease.ReasonNone
+		ans.grant = &lease.Grant{
+			Ref: g.ref, Host: ev.Host, Source: ev.Source, TEP: c.Pool().TEP, Valid: g.valid, MTU: g.mtu,
+			Renewed: g.renewed, Rev: g.ref.Gen.Rev(),
+		}
+	}
+	return ans
+}
+
+// settle notes what a host was answered. The caller holds mu.
+func (s *Server) settle(now lease.Now, host string, ans *answer) {
 	if ans.grant == nil {
 		s.m.binds.WithLabelValues(ans.deny.String()).Inc()
 		s.refusedHost(now, host, ans.deny)
 		return
 	}
-	s.answers.Put(now.Mono, host, id, ans)
 	if at := s.hosts.byName[host]; at != nil {
 		at.until = 0
 	}

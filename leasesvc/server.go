@@ -47,8 +47,8 @@ type Server struct {
 	cores   []*lease.Core // in the order of the configuration
 	usage   map[*lease.Core]*usage
 	fence   *lease.FenceSet
-	answers *lease.Answers[*answer]
-	pending *store.Pending // of the newest transaction
+	answers *lease.Answers[given] // to Binds; what is refused is asked anew
+	pending *store.Pending        // of the newest transaction
 	hosts   hosts
 	dry     bool                // no pool has a free address
 	short   bool                // see runsShort
@@ -76,7 +76,7 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 		cfg: cfg, d: d, m: newMetrics(d.Registry), start: time.Now(), acked: newSignal(), wake: make(chan struct{}, 1),
 		fatal: make(chan error, 1), resync: map[string]bool{}, caps: map[string][]string{},
 		usage:   map[*lease.Core]*usage{},
-		answers: lease.NewAnswers[*answer](2 * cfg.Timers.MaxValid), pending: store.Done(nil),
+		answers: lease.NewAnswers[given](2 * cfg.Timers.MaxValid), pending: store.Done(nil),
 	}
 	s.hosts.init()
 	s.limits = newLimits(cfg.Limits, s.m)
