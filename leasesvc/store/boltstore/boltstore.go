@@ -270,10 +270,14 @@ func (s *Store) flush(group []item) {
 			s.fail(err)
 		}
 	}
-	for _, it := range group {
-		if err == nil {
-			s.ring.Publish(it.last, it.tx.Records())
+	if err == nil { // watchers get what became durable together in one batch
+		var records []lease.Record
+		for _, it := range group {
+			records = append(records, it.tx.Records()...)
 		}
+		s.ring.Publish(group[len(group)-1].last, records)
+	}
+	for _, it := range group {
 		it.complete(err)
 	}
 }
