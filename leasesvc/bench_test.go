@@ -2,6 +2,8 @@ package leasesvc_test
 
 import (
 	"context"
+	"crypto/rand"
+	"errors"
 	"fmt"
 	"net/netip"
 	"sync"
@@ -13,17 +15,33 @@ import (
 	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/lease"
 	"github.com/dstm-project/dstm/leasesvc/leaseclient"
+	"github.com/dstm-project/dstm/leasesvc/store"
+	"github.com/dstm-project/dstm/leasesvc/store/etcdstore"
+	"github.com/dstm-project/dstm/leasesvc/store/etcdstore/etcdtest"
 )
 
 const bigPool = "pools: [{name: main, prefix: 198.51.0.0/16, tep_address: \"2001:db8:a::1\"}]\n"
 
-// BenchmarkBind measures new durable leases over mutual TLS and a real bbolt file, two gateways acknowledging. Each operation
-// is one Bind of a host that is connected and has no lease; streams is how many of them wait for an answer at a time. The
-// hosts and the gateways are in the same process. Run it with -benchtime Nx: every operation needs a host of its own.
+// BenchmarkBind measures new durable leases over mutual TLS, two gateways acknowledging, on a bbolt file or on three members
+// of etcd. Each operation is one Bind of a host that is connected and has no lease; streams is how many of them wait for an
+// answer at a time. Hosts, gateways and service are one process, each member of etcd another. Run it with -benchtime Nx:
+// every operation needs a host of its own.
 func BenchmarkBind(b *testing.B) {
-	for _, streams := range []int{1, 64} {
-		b.Run(fmt.Sprintf("streams=%d", streams), func(b *testing.B) {
+	etcd, err := etcdtest.Start(etcdtest.Options{Dir: b.TempDir(), Members: 3})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer etcd.Close()
+	for _, bm := range []struct {
+		name    string
+		streams int
+	}{{"bbolt", 1}, {"bbolt", 64}, {"etcd", 1}, {"etcd", 64}} {
+		streams := bm.streams
+		b.Run(fmt.Sprintf("store=%s/streams=%d", bm.name, streams), func(b *testing.B) {
 			w := newWorld(b, bigPool)
+			if bm.name == "etcd" {
+				w.onEtcd(etcd)
+			}
 			w.gateway("tep1")
 			w.gateway("tep2")
 			conns := make([]*leaseclient.Conn, b.N)
@@ -48,6 +66,32 @@ func BenchmarkBind(b *testing.B) {
 		})
 	}
 }
+
+// onEtcd starts the service again, over a new store on etcd.
+func (w *world) onEtcd(c *etcdtest.Cluster) {
+	w.t.Helper()
+	w.stop()
+	o := etcdstore.Options{Endpoints: c.Endpoints(), Cell: "lab", Name: "lease1", Prefix: "/bench/" + rand.Text()}
+	if err := etcdstore.Create(w.t.Context(), o); err != nil {
+		w.t.Fatal(err)
+	}
+	w.wrap = func(bolt store.Store) store.Store {
+		s, err := etcdstore.Open(w.t.Context(), o)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		return both{s, bolt}
+	}
+	w.up()
+}
+
+// both closes the file as well, which is not used.
+type both struct {
+	store.Store
+	file store.Store
+}
+
+func (b both) Close() error { return errors.Join(b.Store.Close(), b.file.Close()) }
 
 // cpu returns the processor time that the process has used.
 func cpu() time.Duration {
