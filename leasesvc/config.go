@@ -287,7 +287,7 @@ func (c *Config) checkLimits(r *config.Report) {
 	for _, k := range []struct {
 		key    string
 		v, min int
-	}{{"calls", l.Calls, 64}, {"per_host", l.PerHost, 0}, {"handshakes", l.Handshakes, 0}, {"per_64", l.Per64, 0}} {
+	}{{"calls", l.Calls, 64}, {"per_host", l.PerHost, 0}, {"connections", l.Connections, 0}, {"streams", l.Streams, 0}, {"handshakes", l.Handshakes, 0}, {"per_64", l.Per64, 0}} {
 		if k.v < k.min || k.v > 1_000_000 {
 			r.Errorf("$.limits."+k.key, "limits.%s %d: want %d to 1000000", k.key, k.v, k.min)
 		}

@@ -12,10 +12,10 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
 
 	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
 	"github.com/dstm-project/dstm/internal/tlsid"
@@ -27,7 +27,8 @@ import (
 const (
 	maxReceive    = 64 << 10
 	maxStreams    = 64
-	minPing       = 5 * time.Second // callers ping every 10 s
+	minPing       = 5 * time.Second  // callers ping every 10 s
+	pingAfter     = 20 * time.Second // of silence, which only those have who went or are old
 	stopPatience  = 2 * time.Second
 	handshakeTime = 5 * time.Second
 )
@@ -44,15 +45,20 @@ var roles = map[string]tlsid.Role{
 const window = 256 << 10
 
 func (s *Server) serve(ctx context.Context, l net.Listener, ready func()) error {
+	conns := s.d.TLS.Conns(s.d.Server).Limit(s.cfg.Limits.Connections, func() { s.m.refused.WithLabelValues("connections").Inc() })
+	defer conns.Close()
 	g := grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(s.d.Server)),
+		grpc.Creds(conns),
 		grpc.MaxRecvMsgSize(maxReceive),
 		grpc.MaxConcurrentStreams(maxStreams),
 		// A window of a fixed size needs no pings that measure the path, which would come with every call.
 		grpc.InitialWindowSize(window), grpc.InitialConnWindowSize(window),
+		// A connection that is idle has no buffers: TLS has one for reading, those for writing come from a pool.
+		grpc.ReadBufferSize(0), grpc.SharedWriteBuffer(true),
 		grpc.ConnectionTimeout(handshakeTime),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 10 * time.Second, Timeout: 3 * time.Second}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingAfter, Timeout: 3 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minPing, PermitWithoutStream: true}),
+		grpc.InTapHandle(endable),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
 	)
@@ -120,10 +126,15 @@ func (s *Server) authorize(ctx context.Context, method string) (context.Context,
 		})
 	}
 	c.id = id
-	if cert := tlsid.PeerCert(ctx); cert != nil {
-		if err := s.d.TLS.Revoked(cert); err != nil { // since the handshake
-			s.m.refused.WithLabelValues("revoked").Inc()
-			return nil, status.Error(codes.Unauthenticated, err.Error())
+	if p, ok := tlsid.PeerOf(ctx); ok {
+		if p.Excess {
+			return nil, tooMany(fmt.Sprintf("%s has %d connections already, which is all that limits.connections allows", id.Name, s.cfg.Limits.Connections))
+		}
+		if p.Cert != nil {
+			if err := s.d.TLS.Revoked(p.Cert); err != nil { // since the handshake
+				s.m.refused.WithLabelValues("revoked").Inc()
+				return nil, status.Error(codes.Unauthenticated, err.Error())
+			}
 		}
 	}
 	if want == tlsid.RoleHost {
@@ -176,16 +187,32 @@ type authorizedStream struct {
 
 func (a authorizedStream) Context() context.Context { return a.ctx }
 
+type endKey struct{}
+
+// endable gives streams of hosts a context that ends their Recv as well: else each of them would need a second goroutine.
+func endable(ctx context.Context, info *tap.Info) (context.Context, error) {
+	if info.FullMethodName != leasev1.Hosts_Attend_FullMethodName {
+		return ctx, nil
+	}
+	ctx, end := context.WithCancelCause(ctx)
+	return context.WithValue(ctx, endKey{}, end), nil
+}
+
 func (s *Server) stream(srv any, st grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
 	ctx, err := s.authorize(st.Context(), info.FullMethod)
 	if err != nil {
 		return err
 	}
-	ctx, end := context.WithCancelCause(ctx)
-	defer end(nil)
-	if cert := tlsid.PeerCert(ctx); cert != nil {
-		defer s.streams.add(cert, end)()
+	end, ok := ctx.Value(endKey{}).(context.CancelCauseFunc)
+	if !ok {
+		ctx, end = context.WithCancelCause(ctx)
 	}
+	defer end(nil)
+	remove, err := s.openStream(ctx, end)
+	if err != nil {
+		return err
+	}
+	defer remove()
 	return next(srv, authorizedStream{st, ctx})
 }
 

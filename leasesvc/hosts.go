@@ -5,6 +5,7 @@ import (
 	"hash/maphash"
 	"net/netip"
 	"slices"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -29,14 +30,21 @@ type hosts struct {
 type attendant struct {
 	name      string
 	sources   []netip.Addr
-	send      chan *leasev1.AttendDown // offers and revokes; full = the host does not read, its stream ends
+	st        leasev1.Hosts_AttendServer
 	end       context.CancelCauseFunc
 	hint      *hint         // under way
 	installed lease.Ref     // what the host last said it has in its packet path
 	silent    bool          // did not answer an Offer; not held again until it speaks
 	refused   lease.Reason  // of the last Bind
 	until     time.Duration // until when refused counts
+
+	out     sync.Mutex            // guards what follows
+	queue   []*leasev1.AttendDown // what is to be sent; full = the host does not read, its stream ends
+	sending bool                  // by somebody, who also takes what is queued meanwhile
 }
+
+// maxQueue is how many messages wait for a host at most.
+const maxQueue = 16
 
 // hint is one wish for a lease. Every resolver that asks for the same host waits for the same one.
 type hint struct {
@@ -59,12 +67,13 @@ func (h *hosts) attended() int { return len(h.byName) }
 
 func (h *hosts) key(name string) uint64 { return maphash.String(h.seed, name) }
 
-// Attend implements the Hosts service.
+// Attend implements the Hosts service. A stream has this one goroutine, which receives; see tell for what is sent.
 func (a hostsAPI) Attend(st leasev1.Hosts_AttendServer) error {
 	if err := a.s.complete(); err != nil {
 		return err
 	}
-	c := callerOf(st.Context())
+	ctx := st.Context()
+	c := callerOf(ctx)
 	first, err := st.Recv()
 	if err != nil {
 		return err
@@ -81,48 +90,39 @@ func (a hostsAPI) Attend(st leasev1.Hosts_AttendServer) error {
 	if err != nil {
 		return invalid(err)
 	}
-	ctx, end := context.WithCancelCause(st.Context())
-	defer end(nil)
-	at := &attendant{name: c.id.Name, send: make(chan *leasev1.AttendDown, 16), end: end, installed: held}
-	welcome := a.s.register(at, sources)
+	end, ok := ctx.Value(endKey{}).(context.CancelCauseFunc)
+	if !ok {
+		return status.Error(codes.Internal, "attend: the stream cannot be ended")
+	}
+	at := &attendant{name: c.id.Name, st: st, end: end, installed: held}
+	a.s.register(at, sources, hello.GetLists())
 	defer a.s.unregister(at)
-	go a.s.receive(st, c, at)
-	if err := st.Send(&leasev1.AttendDown{M: &leasev1.AttendDown_Welcome{Welcome: welcome}}); err != nil {
-		return err
+	at.flush()
+	err = a.s.receive(st, c, at)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
-	for {
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case m := <-at.send:
-			if err := st.Send(m); err != nil {
-				return err
-			}
-		}
-	}
+	return err
 }
 
 // receive reads what the host says until its stream ends.
-func (s *Server) receive(st leasev1.Hosts_AttendServer, c caller, at *attendant) {
+func (s *Server) receive(st leasev1.Hosts_AttendServer, c caller, at *attendant) error {
 	for {
 		m, err := st.Recv()
 		if err != nil {
-			at.end(err)
-			return
+			return err
 		}
 		switch k := m.GetM().(type) {
 		case *leasev1.AttendUp_Installed:
 			ref, err := wire.Ref("installed.lease", k.Installed.GetLease())
 			if err != nil {
-				at.end(invalid(err))
-				return
+				return invalid(err)
 			}
 			s.installed(at, ref)
 		case *leasev1.AttendUp_Sources:
 			sources, err := s.ownSources(c, k.Sources.GetAddrs())
 			if err != nil {
-				at.end(err)
-				return
+				return err
 			}
 			s.changeSources(at, sources)
 		}
@@ -148,8 +148,9 @@ func (s *Server) ownSources(c caller, bs [][]byte) ([]netip.Addr, error) {
 	return slices.DeleteFunc(all, func(a netip.Addr) bool { return s.checkSource(c, a) != nil }), nil
 }
 
-// register puts a host on the list. A newer stream of the same identity takes the place of the older.
-func (s *Server) register(at *attendant, sources []netip.Addr) *leasev1.Welcome {
+// register puts a host on the list, and what it is to know first, in order, into its queue. A newer stream of the same identity
+// takes the place of the older.
+func (s *Server) register(at *attendant, sources []netip.Addr, lists [][]byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if old := s.hosts.byName[at.name]; old != nil {
@@ -166,7 +167,11 @@ func (s *Server) register(at *attendant, sources []netip.Addr) *leasev1.Welcome 
 	if in, ok := s.leaseOf(s.now().Mono, at.name); ok {
 		w.Known = wire.FromRef(in.Ref())
 	}
-	return w
+	at.queue = append(at.queue, &leasev1.AttendDown{M: &leasev1.AttendDown_Welcome{Welcome: w}})
+	for _, l := range s.missing(lists) {
+		at.queue = append(at.queue, &leasev1.AttendDown{M: &leasev1.AttendDown_List{List: l}})
+	}
+	at.sending = true // by the caller
 }
 
 // leaseOf returns the live lease of a host. The caller holds mu.
@@ -262,12 +267,39 @@ func (at *attendant) settle(state leasev1.HintState, why lease.Reason) {
 	at.hint = nil
 }
 
-// tell queues a message for a host; a host that does not read loses its stream and finds out on the next one.
+// tell queues a message for a host; a host that does not read loses its stream and finds out on the next one. What sends is a
+// goroutine that lives no longer than there is something to send: most hosts are idle.
 func (at *attendant) tell(m *leasev1.AttendDown) {
-	select {
-	case at.send <- m:
-	default:
+	at.out.Lock()
+	defer at.out.Unlock()
+	if len(at.queue) == maxQueue {
 		at.end(status.Error(codes.ResourceExhausted, "attend: the host does not read"))
+		return
+	}
+	at.queue = append(at.queue, m)
+	if !at.sending {
+		at.sending = true
+		go at.flush()
+	}
+}
+
+// flush sends what is queued. A stream has one at a time.
+func (at *attendant) flush() {
+	for {
+		at.out.Lock()
+		ms := at.queue
+		at.queue = nil
+		at.sending = len(ms) > 0
+		at.out.Unlock()
+		if len(ms) == 0 {
+			return
+		}
+		for _, m := range ms {
+			if err := at.st.Send(m); err != nil {
+				at.end(err)
+				return // the stream is over, nothing is sent any more
+			}
+		}
 	}
 }
 

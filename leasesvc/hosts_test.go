@@ -4,8 +4,6 @@ import (
 	"context"
 	"net/netip"
 	"testing"
-
-	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
 )
 
 // TestSourcesOfAnEndedStream: what was read before the end of a stream and comes to its turn after it changes nothing.
@@ -15,7 +13,7 @@ func TestSourcesOfAnEndedStream(t *testing.T) {
 	addr := netip.MustParseAddr("2001:db8:1::5")
 	attend := func() *attendant {
 		_, end := context.WithCancelCause(t.Context())
-		at := &attendant{name: "h", send: make(chan *leasev1.AttendDown, 16), end: end}
+		at := &attendant{name: "h", end: end}
 		s.hosts.byName["h"] = at
 		return at
 	}

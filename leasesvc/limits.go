@@ -3,8 +3,10 @@ package leasesvc
 import (
 	"context"
 	"crypto/x509"
+	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,19 +17,33 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/dstm-project/dstm/internal/bucket"
+	"github.com/dstm-project/dstm/internal/tlsid"
 )
 
 // LimitsConfig bounds what callers may cost. 0 = no limit, except for Calls.
 type LimitsConfig struct {
-	Calls      int `yaml:"calls"`      // under way at once
-	PerHost    int `yaml:"per_host"`   // calls and streams begun per second by one host; the burst is twice that
-	Handshakes int `yaml:"handshakes"` // connections accepted per second, all together; the burst is twice that
-	Per64      int `yaml:"per_64"`     // of them from one /64
+	Calls       int `yaml:"calls"`       // under way at once
+	PerHost     int `yaml:"per_host"`    // calls and streams begun per second by one host; the burst is twice that
+	Connections int `yaml:"connections"` // open at once by one caller
+	Streams     int `yaml:"streams"`     // open at once by one caller, on all its connections
+	// Handshakes is how many connections are accepted per second from hosts.prefixes, and as many from elsewhere; the burst
+	// is twice that.
+	Handshakes int `yaml:"handshakes"`
+	Per64      int `yaml:"per_64"` // of them from one /64
 }
 
 func defaultLimits() LimitsConfig {
-	return LimitsConfig{Calls: 4096, PerHost: 20, Handshakes: 1000, Per64: 200}
+	return LimitsConfig{Calls: 4096, PerHost: 20, Connections: 16, Streams: 16, Handshakes: 1000, Per64: 200}
 }
+
+// lane is where a connection waits its turn. Hosts are many and come all together after a restart; gateways and resolvers
+// call from elsewhere, as a rule, and must not wait for them.
+type lane bool
+
+const (
+	laneHosts  lane = true // from hosts.prefixes
+	laneOthers lane = false
+)
 
 // class is how important a call is when not all can be served. Streams of gateways are above all of them.
 type class uint8
@@ -59,23 +75,24 @@ const maxCallers = 1 << 16
 
 // limits counts what callers cost.
 type limits struct {
-	conf  LimitsConfig
-	m     *metrics
-	start time.Time
-	calls atomic.Int64
+	conf    LimitsConfig
+	m       *metrics
+	clients []netip.Prefix // hosts.prefixes
+	start   time.Time
+	calls   atomic.Int64
 
 	mu    sync.Mutex
 	hosts *bucket.Set[string]
 	nets  *bucket.Set[netip.Prefix]
-	all   *bucket.Set[struct{}]
+	lanes *bucket.Set[lane]
 }
 
-func newLimits(c LimitsConfig, m *metrics) *limits {
+func newLimits(c LimitsConfig, clients []netip.Prefix, m *metrics) *limits {
 	return &limits{
-		conf: c, m: m, start: time.Now(),
+		conf: c, m: m, clients: clients, start: time.Now(),
 		hosts: bucket.New[string](c.PerHost, time.Second, 2*c.PerHost, maxCallers),
 		nets:  bucket.New[netip.Prefix](c.Per64, time.Second, 2*c.Per64, maxCallers),
-		all:   bucket.New[struct{}](c.Handshakes, time.Second, 2*c.Handshakes, 1),
+		lanes: bucket.New[lane](c.Handshakes, time.Second, 2*c.Handshakes, 2),
 	}
 }
 
@@ -118,15 +135,19 @@ func (l *limits) admits(from net.Addr) bool {
 	if err != nil {
 		return true // not TCP: a test's pipe
 	}
-	net64, err := ap.Addr().Unmap().WithZone("").Prefix(64)
+	addr, in := ap.Addr().Unmap().WithZone(""), laneOthers
+	net64, err := addr.Prefix(64)
 	if err != nil {
-		net64 = netip.PrefixFrom(ap.Addr().Unmap(), 32)
+		net64 = netip.PrefixFrom(addr, 32)
+	}
+	if slices.ContainsFunc(l.clients, func(p netip.Prefix) bool { return p.Contains(addr) }) {
+		in = laneHosts
 	}
 	now := time.Since(l.start)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	full, ok := l.nets.Next(now, net64)
-	if !ok || !l.all.Take(now, struct{}{}) {
+	if !ok || !l.lanes.Take(now, in) {
 		return false
 	}
 	l.nets.Set(now, net64, full)
@@ -154,37 +175,58 @@ func (l listener) Accept() (net.Conn, error) {
 	}
 }
 
-// streams are those under way, so that they can be ended when their caller's certificate is revoked.
+// streams are those under way: counted by caller, and ended when their caller's certificate is revoked.
 type streams struct {
 	mu  sync.Mutex
 	all map[*stream]struct{}
+	by  map[callerID]int
+}
+
+// callerID tells callers apart.
+type callerID struct {
+	role tlsid.Role
+	name string
 }
 
 type stream struct {
-	cert *x509.Certificate
+	cert *x509.Certificate // nil = none was shown
 	end  context.CancelCauseFunc
 }
 
-func (s *streams) add(cert *x509.Certificate, end context.CancelCauseFunc) (remove func()) {
-	st := &stream{cert, end}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.all == nil {
-		s.all = map[*stream]struct{}{}
+// openStream counts a stream that begins, unless its caller has too many. end ends it.
+func (s *Server) openStream(ctx context.Context, end context.CancelCauseFunc) (remove func(), err error) {
+	c, st := callerOf(ctx), &stream{end: end}
+	if p, ok := tlsid.PeerOf(ctx); ok {
+		st.cert = p.Cert
 	}
-	s.all[st] = struct{}{}
+	id, most := callerID{c.id.Role, c.id.Name}, s.cfg.Limits.Streams
+	all := &s.streams
+	all.mu.Lock()
+	defer all.mu.Unlock()
+	if most > 0 && all.by[id] >= most {
+		s.m.refused.WithLabelValues("streams").Inc()
+		return nil, tooMany(fmt.Sprintf("%s has %d streams open already, which is all that limits.streams allows", id.name, most))
+	}
+	all.all[st] = struct{}{}
+	all.by[id]++
 	return func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		delete(s.all, st)
-	}
+		all.mu.Lock()
+		defer all.mu.Unlock()
+		delete(all.all, st)
+		if all.by[id]--; all.by[id] == 0 {
+			delete(all.by, id)
+		}
+	}, nil
 }
 
-// endRevoked ends every stream whose certificate the revocation list takes back.
+// endRevoked ends every stream whose certificate a revocation list takes back.
 func (s *Server) endRevoked() {
 	s.streams.mu.Lock()
 	defer s.streams.mu.Unlock()
 	for st := range s.streams.all {
+		if st.cert == nil {
+			continue
+		}
 		if err := s.d.TLS.Revoked(st.cert); err != nil {
 			s.d.Log.Warn("stream ended", "err", err)
 			st.end(status.Error(codes.Unauthenticated, err.Error()))

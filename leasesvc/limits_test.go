@@ -13,7 +13,7 @@ import (
 
 // TestPriorities: when calls pile up, hints are refused first, then binds, and renewals last.
 func TestPriorities(t *testing.T) {
-	l := newLimits(LimitsConfig{Calls: 100}, newMetrics(nil))
+	l := newLimits(LimitsConfig{Calls: 100}, nil, newMetrics(nil))
 	count := func(c class) int {
 		n := 0
 		for {
@@ -45,7 +45,7 @@ func TestPriorities(t *testing.T) {
 // TestHostRate: one host at full speed is held to its rate; another is not touched.
 func TestHostRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLimits(LimitsConfig{Calls: 100, PerHost: 20}, newMetrics(nil))
+		l := newLimits(LimitsConfig{Calls: 100, PerHost: 20}, nil, newMetrics(nil))
 		passed := 0
 		for range 10_000 {
 			if l.host("loud") == nil {
@@ -64,7 +64,7 @@ func TestHostRate(t *testing.T) {
 
 func TestHandshakes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLimits(LimitsConfig{Calls: 100, Handshakes: 100, Per64: 10}, newMetrics(nil))
+		l := newLimits(LimitsConfig{Calls: 100, Handshakes: 100, Per64: 10}, nil, newMetrics(nil))
 		at := func(s string) net.Addr { return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(s)) }
 		flood := 0
 		for range 1000 {

@@ -21,7 +21,8 @@ type resolversAPI struct {
 type watcher struct {
 	clients []netip.Prefix
 	dirty   map[netip.Addr]struct{}
-	pool    *leasev1.PoolState // last sent
+	pool    *leasev1.PoolState        // last sent
+	lists   []*leasev1.RevocationList // to send
 	wake    chan struct{}
 }
 
@@ -68,6 +69,7 @@ func (a resolversAPI) WatchHosts(m *leasev1.WatchRequest, st leasev1.Resolvers_W
 	s := a.s
 	s.mu.Lock()
 	s.hosts.watchers[w] = struct{}{} // first watch, then list
+	w.lists = s.missing(m.GetLists())
 	for src := range s.hosts.bySource {
 		if w.wants(src) {
 			w.dirty[src] = struct{}{}
@@ -106,6 +108,10 @@ func (s *Server) hostEvents(w *watcher) []*leasev1.HostEvent {
 	defer s.mu.Unlock()
 	now := s.now().Mono
 	var out []*leasev1.HostEvent
+	for _, l := range w.lists {
+		out = append(out, &leasev1.HostEvent{M: &leasev1.HostEvent_List{List: l}})
+	}
+	w.lists = nil
 	if p := s.poolState(); w.pool == nil || w.pool.Dry != p.Dry || w.pool.HintsOn != p.HintsOn {
 		w.pool = p
 		out = append(out, &leasev1.HostEvent{M: &leasev1.HostEvent_Pool{Pool: p}})

@@ -56,6 +56,8 @@ type Server struct {
 	caps    map[string][]string // of the gateways
 	recover *recovery           // nil once the store is known to know every lease
 
+	sessions map[*session]struct{} // of gateways that take revocation lists
+
 	backup sync.Mutex // held while one is sent
 
 	atServing, atAll lease.Rev // what all serving gateways, and all that may forward, hold since the last acknowledgement
@@ -77,11 +79,12 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	s := &Server{
 		cfg: cfg, d: d, m: newMetrics(d.Registry), start: time.Now(), acked: newSignal(), wake: make(chan struct{}, 1),
 		fatal: make(chan error, 1), resync: map[string]bool{}, caps: map[string][]string{},
-		usage:   map[*lease.Core]*usage{},
+		usage: map[*lease.Core]*usage{}, sessions: map[*session]struct{}{},
 		answers: lease.NewAnswers[given](2 * cfg.Timers.MaxValid), pending: store.Done(nil),
 	}
 	s.hosts.init()
-	s.limits = newLimits(cfg.Limits, s.m)
+	s.limits = newLimits(cfg.Limits, cfg.Hosts.Prefixes, s.m)
+	s.streams.all, s.streams.by = map[*stream]struct{}{}, map[callerID]int{}
 	st, err := d.Store.Load(ctx)
 	if err != nil {
 		return nil, err
@@ -274,13 +277,14 @@ func (s *Server) sweepOnce() time.Duration {
 	return max(next-now.Mono, time.Millisecond)
 }
 
-// Tasks returns the parts of the service that run: the gRPC listener, the sweeper and the certificate watcher.
+// Tasks returns the parts of the service that run: the gRPC listener, the sweeper, what pushes revocation lists and the
+// certificate watcher.
 func (s *Server) Tasks(l net.Listener) []daemon.Task {
-	s.d.TLS.OnReload(s.endRevoked)
 	return []daemon.Task{
 		daemon.NewTask("grpc", func(ctx context.Context, ready func()) error { return s.serve(ctx, l, ready) }),
 		daemon.NewTask("sweeper", s.sweep),
 		daemon.NewTask("audit", s.retain),
+		daemon.NewTask("revocations", s.pushLists),
 		daemon.NewTask("certificates", func(ctx context.Context, ready func()) error { ready(); return s.d.TLS.Watch(ctx) }),
 	}
 }

@@ -69,7 +69,7 @@ store: {path: p}
 teps: [tep1, tep2]
 hosts: {prefixes: ["::1/128", "2001:db8:1::/64"], same_64: true, per_64: 0}
 timers: {valid: 60s, min_valid: 2s, hold_down: 1s, restart_grace: 1s, fail_static: 60s, bind_wait: 5s, idle: 5s}
-limits: {per_host: 0, per_64: 0, handshakes: 0}
+limits: {per_host: 0, per_64: 0, handshakes: 0, connections: 0, streams: 0}
 admin: "[::1]:0"
 `
 

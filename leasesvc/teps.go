@@ -65,6 +65,11 @@ func (a tepsAPI) Sync(st leasev1.Teps_SyncServer) error {
 	if err != nil {
 		return err
 	}
+	if slices.Contains(hello.Caps, capLists) {
+		if err := ss.lists(first.GetHello().GetLists()); err != nil {
+			return err
+		}
+	}
 	s.d.Log.Info("gateway session begins", "tep", ss.tep, "session", ss.number, "have_rev", uint64(hello.HaveRev))
 	go func() { cancel(ss.pump(ctx, w)) }()
 	go func() { cancel(ss.receive(ctx)) }()
@@ -354,6 +359,7 @@ func (s *Server) fenceMoved() bool {
 func (ss *session) close() {
 	ss.s.mu.Lock()
 	defer ss.s.mu.Unlock()
+	delete(ss.s.sessions, ss)
 	ss.s.fence.Close(ss.tep, ss.number)
 	ss.s.acked.Broadcast()
 	ss.s.kick()

@@ -14,7 +14,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 
 	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
 	"github.com/dstm-project/dstm/internal/netcfg"
@@ -93,7 +92,10 @@ func serveTLS(t *testing.T) (*syncServer, *leaseclient.Conn) {
 		t.Fatal(err)
 	}
 	svc := &syncServer{acks: make(chan lease.Ack, 16), peer: make(chan tlsid.ID, 16)}
-	srv := grpc.NewServer(grpc.Creds(credentials.NewTLS(open(tlsid.RoleSvc, "lease1").Server())))
+	id := open(tlsid.RoleSvc, "lease1")
+	conns := id.Conns(id.Server())
+	t.Cleanup(conns.Close)
+	srv := grpc.NewServer(grpc.Creds(conns))
 	leasev1.RegisterTepsServer(srv, svc)
 	go func() { _ = srv.Serve(l) }() // until Stop
 	t.Cleanup(srv.Stop)

@@ -76,7 +76,7 @@ func serve(ctx context.Context, cfg *leasesvc.Config, log *slog.Logger) error {
 		if err != nil {
 			return daemon.Usage(err)
 		}
-		deps.Server = m.Server(id.Roots)
+		deps.Server = id.ServerShowing(m.GetCertificate)
 		tasks = append(tasks, daemon.NewTask("acme", m.Run))
 	}
 	c := &cell{cfg: cfg, deps: deps, registry: registry, log: log, state: "starting"}

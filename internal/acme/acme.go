@@ -195,29 +195,11 @@ func (m *Manager) event(_ context.Context, name string, data map[string]any) err
 	return nil
 }
 
-// GetCertificate returns the certificate for a handshake, as tls.Config wants it.
+// GetCertificate returns the certificate for a handshake, as tlsid.Source.ServerShowing wants it.
 func (m *Manager) GetCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	magic := m.live.Load()
 	if magic == nil {
 		return nil, errors.New("acme: the manager does not run")
 	}
 	return magic.GetCertificate(hello)
-}
-
-// Server returns the configuration of the service's listener: TLS 1.3, this certificate, and a client certificate of the
-// private CA required. roots is asked at each handshake, so that a reload reaches the next one (tlsid.Source.Roots).
-func (m *Manager) Server(roots func() *x509.CertPool) *tls.Config {
-	return &tls.Config{
-		MinVersion: tls.VersionTLS13,
-		NextProtos: []string{"h2"},
-		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
-			return &tls.Config{
-				MinVersion:     tls.VersionTLS13,
-				NextProtos:     []string{"h2"},
-				GetCertificate: m.GetCertificate,
-				ClientAuth:     tls.RequireAndVerifyClientCert,
-				ClientCAs:      roots(),
-			}, nil
-		},
-	}
 }

@@ -95,6 +95,7 @@ func TestLog(t *testing.T) {
 type world struct {
 	cfg     Config
 	private *x509.CertPool // of the private CA
+	service *tlsid.Source  // of the private CA
 	issuer  *x509.CertPool // of the directory's certificates
 	client  tls.Certificate
 	stop    func() // of the directory
@@ -159,9 +160,30 @@ func newWorld(t *testing.T) *world {
 	if w.client, err = tls.LoadX509KeyPair(host.Cert, host.Key); err != nil {
 		t.Fatal(err)
 	}
+	if w.service, err = tlsid.Open(server, tlsid.RoleSvc, slog.New(slog.DiscardHandler)); err != nil {
+		t.Fatal(err)
+	}
 	w.startDirectory(t, bin, file)
 	w.issuer = w.fetchIssuer(t, "https://localhost:"+portOf(manage)+"/roots/0")
 	return w
+}
+
+// stranger is a service of another private CA.
+func stranger(t *testing.T) *tlsid.Source {
+	t.Helper()
+	dir := t.TempDir()
+	if err := pki.Init(dir, "example.net", time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	f, err := pki.Issue(dir, dir, tlsid.ID{TrustDomain: "example.net", Cell: "lab", Role: tlsid.RoleSvc, Name: "other"}, pki.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := tlsid.Open(f, tlsid.RoleSvc, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
 }
 
 func portOf(a netip.AddrPort) string { return a.String()[strings.LastIndexByte(a.String(), ':')+1:] }
@@ -255,7 +277,7 @@ func waitFor(t *testing.T, ready <-chan struct{}) {
 // handshake calls a listener of the manager's configuration and returns the certificate that it shows.
 func (w *world) handshake(t *testing.T, m *Manager, certs ...tls.Certificate) (*x509.Certificate, error) {
 	t.Helper()
-	ln, err := tls.Listen("tcp", "127.0.0.1:0", m.Server(func() *x509.CertPool { return w.private }))
+	ln, err := tls.Listen("tcp", "127.0.0.1:0", w.service.ServerShowing(m.GetCertificate))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -300,7 +322,7 @@ func TestObtain(t *testing.T) {
 	if _, err := w.handshake(t, m); err == nil || !strings.Contains(err.Error(), "certificate required") {
 		t.Errorf("caller without certificate: %v", err)
 	}
-	foreign := &world{private: x509.NewCertPool(), issuer: w.issuer}
+	foreign := &world{service: stranger(t), issuer: w.issuer}
 	if _, err := foreign.handshake(t, m, w.client); err == nil || !strings.Contains(err.Error(), "certificate authority") {
 		t.Errorf("caller of another CA: %v", err)
 	}

@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 )
 
@@ -107,15 +106,21 @@ func FromCert(c *x509.Certificate) (ID, error) {
 // ErrNoCert means that the caller showed no certificate.
 var ErrNoCert = errors.New("call has no verified client certificate")
 
-// PeerID returns the verified identity of the caller of a gRPC method.
-func PeerID(ctx context.Context) (ID, error) {
+// PeerOf returns the other side of a connection of Conns on which a gRPC method is called.
+func PeerOf(ctx context.Context) (*Peer, bool) {
 	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil, false
+	}
+	own, ok := p.AuthInfo.(*Peer)
+	return own, ok
+}
+
+// PeerID returns the verified identity of the caller of a gRPC method on a connection of Conns.
+func PeerID(ctx context.Context) (ID, error) {
+	p, ok := PeerOf(ctx)
 	if !ok {
 		return ID{}, errors.New("call has no peer")
 	}
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok || len(info.State.VerifiedChains) == 0 {
-		return ID{}, ErrNoCert
-	}
-	return FromCert(info.State.VerifiedChains[0][0])
+	return p.ID, p.Err
 }

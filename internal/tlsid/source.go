@@ -5,10 +5,13 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
+	"encoding/pem"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
+	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -21,40 +24,48 @@ type Files struct {
 	CRL  string `yaml:"crl"` // certificates taken back; not set = none
 }
 
-// Source is one identity with its key and roots, kept up to date from its files.
+// Source is one identity with its key and roots, kept up to date from its files, and with the revocation lists of its files
+// and of what is pushed to it.
 type Source struct {
 	files Files
 	want  Role
 	cell  string // of a caller without a certificate
 	log   *slog.Logger
 	now   func() time.Time
+	m     atomic.Pointer[Metrics]
 	cur   atomic.Pointer[material]
-	// onReload is called after a reload; set before Watch.
-	onReload []func()
+
+	change  sync.Mutex // one changes cur at a time
+	problem string     // of the last reload, as logged
+	overdue bool       // said of the lists
+
+	mu       sync.Mutex // guards what follows
+	onChange map[*func()]struct{}
 }
 
+// material is what the files hold, and the lists. It never changes.
 type material struct {
 	pem     [4][]byte // cert, key, ca, crl as read, to see whether they changed
 	cert    tls.Certificate
+	cas     []*x509.Certificate
 	roots   *x509.CertPool
-	revoked *revocations
+	lists   map[string]*list // by the DER of the issuer's name
 	id      ID
+	tickets []byte // what session tickets are sealed with, see ticketKeys
 }
 
 // Open reads the files and checks what a start would trip over later: role, validity, key, roots.
 func Open(f Files, want Role, log *slog.Logger) (*Source, error) {
-	s := &Source{files: f, want: want, log: log, now: time.Now}
-	m, err := s.load()
-	if err != nil {
-		return nil, err
-	}
-	s.cur.Store(m)
-	return s, nil
+	return open(&Source{files: f, want: want, log: log, now: time.Now})
 }
 
 // OpenAnonymous is Open for a caller of a cell that has no certificate and is known by its address.
 func OpenAnonymous(f Files, cell string, log *slog.Logger) (*Source, error) {
-	s := &Source{files: f, cell: cell, log: log, now: time.Now}
+	return open(&Source{files: f, cell: cell, log: log, now: time.Now})
+}
+
+func open(s *Source) (*Source, error) {
+	s.onChange = map[*func()]struct{}{}
 	m, err := s.load()
 	if err != nil {
 		return nil, err
@@ -64,80 +75,60 @@ func OpenAnonymous(f Files, cell string, log *slog.Logger) (*Source, error) {
 }
 
 func (s *Source) load() (*material, error) {
-	if s.cell != "" {
-		return s.loadAnonymous()
-	}
-	var m material
-	for i, path := range []string{s.files.Cert, s.files.Key, s.files.CA} {
-		if path == "" {
-			return nil, fmt.Errorf("tls: %s is not set: want the path of a PEM file", [...]string{"cert", "key", "ca"}[i])
+	m := &material{id: ID{Cell: s.cell}}
+	names := [...]string{"cert", "key", "ca", "crl"}
+	for i, path := range []string{s.files.Cert, s.files.Key, s.files.CA, s.files.CRL} {
+		if i < 2 && s.cell != "" || names[i] == "crl" && path == "" {
+			continue
 		}
-		b, err := os.ReadFile(path)
-		if err != nil {
+		if path == "" {
+			return nil, fmt.Errorf("tls: %s is not set: want the path of a PEM file", names[i])
+		}
+		var err error
+		if m.pem[i], err = os.ReadFile(path); err != nil {
 			return nil, fmt.Errorf("tls: %w", err)
 		}
-		m.pem[i] = b
 	}
-	cert, err := tls.X509KeyPair(m.pem[0], m.pem[1])
-	if err != nil {
-		return nil, fmt.Errorf("tls: certificate %s with key %s: %w", s.files.Cert, s.files.Key, err)
+	if s.cell == "" {
+		if err := s.parseIdentity(m); err != nil {
+			return nil, err
+		}
 	}
-	m.cert = cert
-	if m.roots, err = s.parseRoots(m.pem[2]); err != nil {
+	if err := s.parseRoots(m); err != nil {
 		return nil, err
 	}
-	if m.id, err = s.checkLeaf(cert.Leaf); err != nil {
-		return nil, fmt.Errorf("tls: certificate %s: %w", s.files.Cert, err)
-	}
-	if err := s.loadCRL(&m); err != nil {
-		return nil, err
-	}
-	return &m, nil
+	return m, s.parseLists(m)
 }
 
-func (s *Source) loadCRL(m *material) error {
-	path := s.files.CRL
-	if path == "" {
-		return nil
-	}
+func (s *Source) parseIdentity(m *material) error {
 	var err error
-	if m.pem[3], err = os.ReadFile(path); err != nil {
-		return fmt.Errorf("tls: %w", err)
+	if m.cert, err = tls.X509KeyPair(m.pem[0], m.pem[1]); err != nil {
+		return fmt.Errorf("tls: certificate %s with key %s: %w", s.files.Cert, s.files.Key, err)
 	}
-	m.revoked, err = parseRevocations(path, m.pem[3], m.pem[2])
+	if m.id, err = s.checkLeaf(m.cert.Leaf); err != nil {
+		return fmt.Errorf("tls: certificate %s: %w", s.files.Cert, err)
+	}
+	m.tickets, err = x509.MarshalPKCS8PrivateKey(m.cert.PrivateKey)
 	return err
 }
 
-func (s *Source) loadAnonymous() (*material, error) {
-	m := material{id: ID{Cell: s.cell}}
-	var err error
-	if m.pem[2], err = os.ReadFile(s.files.CA); err != nil {
-		return nil, fmt.Errorf("tls: %w", err)
+func (s *Source) parseRoots(m *material) error {
+	m.roots = x509.NewCertPool()
+	for blk, rest := pem.Decode(m.pem[2]); blk != nil; blk, rest = pem.Decode(rest) {
+		if ca, err := x509.ParseCertificate(blk.Bytes); err == nil && blk.Type == "CERTIFICATE" {
+			m.roots.AddCert(ca)
+			m.cas = append(m.cas, ca)
+		}
 	}
-	if m.roots, err = s.parseRoots(m.pem[2]); err != nil {
-		return nil, err
+	if len(m.cas) == 0 {
+		return fmt.Errorf("tls: ca %s: no certificate in it: want PEM with the CA that signs hosts, gateways and the lease service", s.files.CA)
 	}
-	if err := s.loadCRL(&m); err != nil {
-		return nil, err
-	}
-	return &m, nil
-}
-
-func (s *Source) parseRoots(pem []byte) (*x509.CertPool, error) {
-	roots := x509.NewCertPool()
-	if !roots.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("tls: ca %s: no certificate in it: want PEM with the CA that signs hosts, gateways and the lease service", s.files.CA)
-	}
-	return roots, nil
+	return nil
 }
 
 func (s *Source) checkLeaf(leaf *x509.Certificate) (ID, error) {
-	now := s.now()
-	switch {
-	case now.After(leaf.NotAfter):
-		return ID{}, fmt.Errorf("expired at %s (now %s): issue a new one", leaf.NotAfter.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
-	case now.Before(leaf.NotBefore):
-		return ID{}, fmt.Errorf("not valid before %s (now %s): check the clock", leaf.NotBefore.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
+	if err := inForce(leaf, s.now()); err != nil {
+		return ID{}, err
 	}
 	id, err := FromCert(leaf)
 	if err != nil {
@@ -149,83 +140,39 @@ func (s *Source) checkLeaf(leaf *x509.Certificate) (ID, error) {
 	return id, nil
 }
 
+// inForce says what is wrong with the times of a certificate.
+func inForce(c *x509.Certificate, now time.Time) error {
+	switch {
+	case now.After(c.NotAfter):
+		return fmt.Errorf("expired at %s (now %s): issue a new one", c.NotAfter.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
+	case now.Before(c.NotBefore):
+		return fmt.Errorf("not valid before %s (now %s): check the clock", c.NotBefore.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
+	}
+	return nil
+}
+
 // ID returns the current identity.
 func (s *Source) ID() ID { return s.cur.Load().id }
 
-// Server returns the configuration of a listener: TLS 1.3, a client certificate of this CA required.
-func (s *Source) Server() *tls.Config { return s.server(tls.RequireAndVerifyClientCert) }
-
-// OpenServer is Server for a service that also takes callers without a certificate. One that is shown must still be of this
-// CA.
-func (s *Source) OpenServer() *tls.Config { return s.server(tls.VerifyClientCertIfGiven) }
-
-func (s *Source) server(auth tls.ClientAuthType) *tls.Config {
-	return &tls.Config{
-		MinVersion: tls.VersionTLS13,
-		NextProtos: []string{"h2"},
-		// Built per connection, so that a reload of the roots reaches the next handshake.
-		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
-			m := s.cur.Load()
-			return &tls.Config{
-				MinVersion:   tls.VersionTLS13,
-				NextProtos:   []string{"h2"},
-				Certificates: []tls.Certificate{m.cert},
-				ClientAuth:   auth,
-				ClientCAs:    m.roots,
-				// Runs for resumed sessions too.
-				VerifyConnection: s.checkRevoked,
-			}, nil
-		},
+// OnChange makes f run after each change of files or lists. f must not block. The returned function takes it back.
+func (s *Source) OnChange(f func()) (remove func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.onChange[&f] = struct{}{}
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.onChange, &f)
 	}
 }
 
-// Roots returns the current CA pool, for a listener whose own certificate comes from elsewhere.
-func (s *Source) Roots() *x509.CertPool { return s.cur.Load().roots }
-
-// Client returns the configuration of a caller: TLS 1.3, the server's name verified against this CA. A server
-// certificate that carries an identity of DSTM must be of role svc and of this cell; one without (ACME) passes by name.
-func (s *Source) Client(serverName string) *tls.Config {
-	return &tls.Config{
-		MinVersion: tls.VersionTLS13,
-		NextProtos: []string{"h2"},
-		ServerName: serverName,
-		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			return &s.cur.Load().cert, nil
-		},
-		// The standard verification has fixed roots; ours follow the file, so the chain is verified below instead.
-		InsecureSkipVerify: true,
-		VerifyConnection: func(cs tls.ConnectionState) error {
-			return errors.Join(s.checkRevoked(cs), s.verifyServer(cs, serverName))
-		},
+func (s *Source) changed() {
+	s.mu.Lock()
+	fs := slices.Collect(maps.Keys(s.onChange))
+	s.mu.Unlock()
+	for _, f := range fs {
+		(*f)()
 	}
-}
-
-func (s *Source) verifyServer(cs tls.ConnectionState, name string) error {
-	m := s.cur.Load()
-	if len(cs.PeerCertificates) == 0 {
-		return errors.New("tls: server sent no certificate")
-	}
-	leaf := cs.PeerCertificates[0]
-	opts := x509.VerifyOptions{
-		Roots: m.roots, DNSName: name, CurrentTime: s.now(), Intermediates: x509.NewCertPool(),
-		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-	for _, c := range cs.PeerCertificates[1:] {
-		opts.Intermediates.AddCert(c)
-	}
-	if _, err := leaf.Verify(opts); err != nil {
-		return fmt.Errorf("tls: server certificate for %q: %w", name, err)
-	}
-	id, err := FromCert(leaf)
-	switch {
-	case errors.Is(err, ErrNoID):
-		return nil
-	case err != nil:
-		return fmt.Errorf("tls: server certificate for %q: %w", name, err)
-	case id.Role != RoleSvc || id.Cell != m.id.Cell || m.id.TrustDomain != "" && id.TrustDomain != m.id.TrustDomain:
-		return fmt.Errorf("tls: server is %s: want role svc of cell %q in trust domain %q", id, m.id.Cell, m.id.TrustDomain)
-	}
-	return nil
 }
 
 // reloadEvery is how often the files are looked at. Polling sees every way of replacing a file (rename, symbolic link
@@ -236,30 +183,32 @@ const reloadEvery = 10 * time.Second
 func (s *Source) Watch(ctx context.Context) error {
 	t := time.NewTicker(reloadEvery)
 	defer t.Stop()
-	var last string
-	overdue := false
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-t.C:
+			s.Reload()
 		}
-		switch changed, err := s.reload(); {
-		case err != nil && err.Error() != last:
-			last = err.Error()
-			s.log.Warn("certificate files not reloaded, the old ones stay", "err", err)
-		case err == nil && changed:
-			last = ""
-			for _, f := range s.onReload {
-				f()
-			}
-			s.log.Info("certificate files reloaded", "identity", s.ID().String())
-		}
-		if r := s.cur.Load().revoked; r != nil && s.now().After(r.next) != overdue {
-			if overdue = !overdue; overdue {
-				s.log.Warn("the revocation list is overdue; what it takes back stays so", "due", r.next.UTC().Format(time.RFC3339))
-			}
-		}
+	}
+}
+
+// Reload looks at the files now. What is wrong with them is logged once, and what was read before stays in force.
+func (s *Source) Reload() {
+	s.change.Lock()
+	changed, err := s.reload()
+	switch {
+	case err != nil && err.Error() != s.problem:
+		s.problem = err.Error()
+		s.log.Warn("certificate files not reloaded, the old ones stay", "err", err)
+	case err == nil:
+		s.problem = ""
+	}
+	s.sayOverdue()
+	s.change.Unlock()
+	if changed {
+		s.log.Info("certificate files reloaded", "identity", s.ID().String())
+		s.changed()
 	}
 }
 
@@ -277,6 +226,9 @@ func (s *Source) reload() (changed bool, err error) {
 	}
 	if m.id != old.id {
 		return false, fmt.Errorf("tls: certificate %s is now %s: a running daemon keeps its identity %s, restart it", s.files.Cert, m.id, old.id)
+	}
+	if err := m.keep(old); err != nil {
+		s.log.Warn("revocation list of the file not used", "crl", s.files.CRL, "err", err)
 	}
 	s.cur.Store(m)
 	return true, nil

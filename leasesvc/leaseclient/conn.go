@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/resolver/manual"
 
 	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
+	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/internal/wire"
 	"github.com/dstm-project/dstm/lease"
 )
@@ -48,13 +49,19 @@ const (
 type Options struct {
 	Servers []netip.AddrPort // tried in an order of our choosing; any of them will do
 	TLS     *tls.Config      // from tlsid.Source.Client
+	// Identity is the source that TLS is of. It gets the revocation lists that the service sends, and a connection to a
+	// service whose certificate is taken back ends. nil = neither.
+	Identity *tlsid.Source
 	// Backoff bounds the wait between connection attempts; zero = 100 ms to 5 s.
 	BackoffMin, BackoffMax time.Duration
 }
 
 // Conn is a connection to the service that is made when needed and made again when lost. It is safe for concurrent use.
 type Conn struct {
-	o  Options
+	o     Options
+	creds credentials.TransportCredentials
+	conns *tlsid.Conns // nil without Identity
+
 	mu sync.Mutex
 	cc *grpc.ClientConn
 	// held are the newest leases that came with a secret, the newest first, for calls that must show it.
@@ -76,6 +83,12 @@ func New(o Options) (*Conn, error) {
 		o.BackoffMax = 5 * time.Second
 	}
 	c := &Conn{o: o}
+	if o.Identity != nil {
+		c.conns = o.Identity.Conns(o.TLS)
+		c.creds = c.conns
+	} else {
+		c.creds = credentials.NewTLS(o.TLS)
+	}
 	var err error
 	c.cc, err = c.dial()
 	return c, err
@@ -94,7 +107,7 @@ func (c *Conn) dial() (*grpc.ClientConn, error) {
 	r.InitialState(resolver.State{Addresses: addrs})
 	cc, err := grpc.NewClient("dstm:///lease-service",
 		grpc.WithResolvers(r),
-		grpc.WithTransportCredentials(credentials.NewTLS(c.o.TLS)),
+		grpc.WithTransportCredentials(c.creds),
 		// No proxy from the environment: the way to the service is configured.
 		grpc.WithNoProxy(),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
@@ -141,7 +154,31 @@ func (c *Conn) replace(old *grpc.ClientConn) {
 }
 
 // Close ends the connection and every stream on it.
-func (c *Conn) Close() error { return c.get().Close() }
+func (c *Conn) Close() error {
+	if c.conns != nil {
+		c.conns.Close()
+	}
+	return c.get().Close()
+}
+
+// lists returns the SHA-256 of the revocation lists in force, which the service need not send.
+func (c *Conn) lists() [][]byte {
+	if c.o.Identity == nil {
+		return nil
+	}
+	var out [][]byte
+	for sum := range c.o.Identity.Lists() {
+		out = append(out, sum[:])
+	}
+	return out
+}
+
+// pushed takes a revocation list that the service sent. What is wrong with one is logged and counted there.
+func (c *Conn) pushed(m *leasev1.RevocationList) {
+	if c.o.Identity != nil {
+		_ = c.o.Identity.Push(m.GetDer())
+	}
+}
 
 // call runs a unary call until it is answered or ctx ends. A try that gets no answer in attemptTimeout goes to a fresh
 // connection; UNAVAILABLE is tried again after a short wait. Both are safe: requests carry an id, or change nothing.

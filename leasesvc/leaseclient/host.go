@@ -188,6 +188,7 @@ type Hello struct {
 
 // Attendance is one life of the stream that registers a host.
 type Attendance struct {
+	c      *Conn
 	stream grpc.BidiStreamingClient[leasev1.AttendUp, leasev1.AttendDown]
 	cancel context.CancelFunc
 	mu     sync.Mutex // a stream takes one sender at a time
@@ -211,7 +212,7 @@ func (c *Conn) attend(ctx context.Context, h Hello) (*Attendance, Welcome, error
 		return nil, Welcome{}, err
 	}
 	err = st.Send(&leasev1.AttendUp{M: &leasev1.AttendUp_Hello{Hello: &leasev1.HostHello{
-		Instance: h.Instance, Sources: wire.FromSources(h.Sources), Held: wire.FromRef(h.Held),
+		Instance: h.Instance, Sources: wire.FromSources(h.Sources), Held: wire.FromRef(h.Held), Lists: c.lists(),
 	}}})
 	if err != nil {
 		_, err = st.Recv() // Send says only EOF; Recv has the reason
@@ -229,7 +230,7 @@ func (c *Conn) attend(ctx context.Context, h Hello) (*Attendance, Welcome, error
 	if err != nil {
 		return nil, Welcome{}, err
 	}
-	return &Attendance{stream: st}, Welcome{
+	return &Attendance{c: c, stream: st}, Welcome{
 		Cell: w.GetCell(), HostID: w.GetHostId(), Known: known,
 		T1: w.GetTimers().GetT1Permille(), T2: w.GetTimers().GetT2Permille(), Idle: wire.Duration(w.GetTimers().GetIdleMs()),
 	}, nil
@@ -251,6 +252,8 @@ func (a *Attendance) Recv() (any, error) {
 				return nil, fmt.Errorf("attend: %w", err)
 			}
 			return Revoked{Ref: ref, Reason: wire.Reason(k.Revoke.GetReason())}, nil
+		case *leasev1.AttendDown_List:
+			a.c.pushed(k.List)
 		}
 		// A message of a newer service: it says nothing to us.
 	}

@@ -37,13 +37,14 @@ type InSync struct{}
 
 // Watch is a stream of host events.
 type Watch struct {
+	c      *Conn
 	stream grpc.ServerStreamingClient[leasev1.HostEvent]
 	cancel context.CancelFunc
 }
 
 // WatchHosts asks for the registered hosts inside the prefixes: all of them, InSync, then changes.
 func (c *Conn) WatchHosts(ctx context.Context, clients []netip.Prefix) (*Watch, error) {
-	m := &leasev1.WatchRequest{}
+	m := &leasev1.WatchRequest{Lists: c.lists()}
 	for _, p := range clients {
 		m.Clients = append(m.Clients, &leasev1.Prefix{Addr: wire.FromAddr6(p.Addr()), Bits: uint32(p.Bits())})
 	}
@@ -53,7 +54,7 @@ func (c *Conn) WatchHosts(ctx context.Context, clients []netip.Prefix) (*Watch, 
 		cancel()
 		return nil, fmt.Errorf("watch hosts: %w", wire.FromStatus(err))
 	}
-	return &Watch{stream: st, cancel: cancel}, nil
+	return &Watch{c: c, stream: st, cancel: cancel}, nil
 }
 
 // Recv returns the next HostState, HostGone, InSync or PoolState. An error ends the watch.
@@ -84,6 +85,8 @@ func (w *Watch) Recv() (any, error) {
 			return InSync{}, nil
 		case *leasev1.HostEvent_Pool:
 			return PoolState{HintsOn: k.Pool.GetHintsOn(), Dry: k.Pool.GetDry()}, nil
+		case *leasev1.HostEvent_List:
+			w.c.pushed(k.List)
 		}
 	}
 }

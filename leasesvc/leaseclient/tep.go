@@ -3,6 +3,7 @@ package leaseclient
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 
 	"google.golang.org/grpc"
@@ -14,6 +15,7 @@ import (
 
 // Sync is one life of a gateway's stream. One goroutine receives; any may send.
 type Sync struct {
+	c      *Conn
 	stream grpc.BidiStreamingClient[leasev1.SyncUp, leasev1.SyncDown]
 	cancel context.CancelFunc
 	mu     sync.Mutex
@@ -27,8 +29,10 @@ func (c *Conn) Sync(ctx context.Context, hello func() lease.Hello) (*Sync, error
 		cancel()
 		return nil, fmt.Errorf("sync: %w", wire.FromStatus(err))
 	}
-	s := &Sync{stream: st, cancel: cancel}
-	if err := s.send(wire.FromHello(hello())); err != nil {
+	s := &Sync{c: c, stream: st, cancel: cancel}
+	m := wire.FromHello(hello())
+	m.GetHello().Caps, m.GetHello().Lists = append(slices.Clip(m.GetHello().GetCaps()), capLists), c.lists()
+	if err := s.send(m); err != nil {
 		_, rerr := s.Recv() // Send says only EOF; Recv has the reason
 		cancel()
 		return nil, rerr
@@ -38,16 +42,25 @@ func (c *Conn) Sync(ctx context.Context, hello func() lease.Hello) (*Sync, error
 
 // Recv returns the next lease.SessionReply, lease.SnapshotChunk, lease.Batch or lease.Upload. An error ends the stream.
 func (s *Sync) Recv() (any, error) {
-	m, err := s.stream.Recv()
-	if err != nil {
-		return nil, fmt.Errorf("sync: %w", wire.FromStatus(err))
+	for {
+		m, err := s.stream.Recv()
+		if err != nil {
+			return nil, fmt.Errorf("sync: %w", wire.FromStatus(err))
+		}
+		if l := m.GetList(); l != nil {
+			s.c.pushed(l)
+			continue
+		}
+		v, err := wire.SyncDown(m)
+		if err != nil {
+			return nil, fmt.Errorf("sync: %w", err)
+		}
+		return v, nil
 	}
-	v, err := wire.SyncDown(m)
-	if err != nil {
-		return nil, fmt.Errorf("sync: %w", err)
-	}
-	return v, nil
 }
+
+// capLists says to the service that revocation lists may come on the stream.
+const capLists = "revocation_lists"
 
 // Heartbeat sends a heartbeat.
 func (s *Sync) Heartbeat(h lease.Heartbeat) error { return s.send(wire.FromHeartbeat(h)) }

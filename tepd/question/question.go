@@ -13,7 +13,6 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 
@@ -27,6 +26,7 @@ import (
 const (
 	maxReceive    = 1 << 10
 	maxStreams    = 4
+	maxConns      = 4 // of one caller
 	handshakeTime = 5 * time.Second
 	pingEvery     = 10 * time.Second
 	pingPatience  = 3 * time.Second
@@ -39,7 +39,18 @@ type Peers struct {
 	Log    *slog.Logger
 
 	mu    sync.Mutex
-	conns map[lease.Peer]*grpc.ClientConn
+	conns map[lease.Peer]*peer
+}
+
+// peer is the way to another gateway.
+type peer struct {
+	*grpc.ClientConn
+	tls *tlsid.Conns // ends the connection when the other gateway's certificate is taken back
+}
+
+func (p *peer) close() {
+	p.tls.Close()
+	p.ClientConn.Close()
 }
 
 // Ask asks another gateway whether it has no session. The connection stays for the next
@@ -56,32 +67,34 @@ func (p *Peers) Ask(ctx context.Context, to lease.Peer) (quiet bool, err error) 
 	return rep.GetQuiet(), nil
 }
 
-func (p *Peers) conn(to lease.Peer) (*grpc.ClientConn, error) {
+func (p *Peers) conn(to lease.Peer) (*peer, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if cc := p.conns[to]; cc != nil {
 		return cc, nil
 	}
+	conns := p.ID.Conns(p.ID.Peer(tlsid.RoleTEP, to.TEP))
 	cc, err := grpc.NewClient("passthrough:///"+to.Question.String(),
-		grpc.WithTransportCredentials(credentials.NewTLS(p.ID.Peer(tlsid.RoleTEP, to.TEP))),
+		grpc.WithTransportCredentials(conns),
 		grpc.WithNoProxy(),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: pingEvery, Timeout: pingPatience}),
 	)
 	if err != nil {
+		conns.Close()
 		return nil, fmt.Errorf("gateway %s at %s: %w", to.TEP, to.Question, err)
 	}
 	if p.conns == nil {
-		p.conns = map[lease.Peer]*grpc.ClientConn{}
+		p.conns = map[lease.Peer]*peer{}
 	}
-	p.conns[to] = cc
-	return cc, nil
+	p.conns[to] = &peer{cc, conns}
+	return p.conns[to], nil
 }
 
 func (p *Peers) close() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for to, cc := range p.conns {
-		cc.Close()
+		cc.close()
 		delete(p.conns, to)
 	}
 }
@@ -98,6 +111,11 @@ func (s server) Question(ctx context.Context, _ *leasev1.QuestionRequest) (*leas
 	if err != nil {
 		return nil, status.Error(codes.Unauthenticated, err.Error())
 	}
+	if p, ok := tlsid.PeerOf(ctx); ok && p.Cert != nil {
+		if err := s.id.Revoked(p.Cert); err != nil { // since the handshake
+			return nil, status.Error(codes.Unauthenticated, err.Error())
+		}
+	}
 	own := s.id.ID()
 	if id.Role != tlsid.RoleTEP || id.Cell != own.Cell || id.TrustDomain != own.TrustDomain {
 		return nil, status.Errorf(codes.PermissionDenied, "%s asks a gateway: want role %q of cell %q", id, tlsid.RoleTEP, own.Cell)
@@ -111,8 +129,10 @@ func (p *Peers) Serve(ctx context.Context, asked func() (quiet bool)) error {
 	if err != nil {
 		return fmt.Errorf("peers: %w", err)
 	}
+	conns := p.ID.Conns(p.ID.Server()).Limit(maxConns, func() {})
+	defer conns.Close()
 	g := grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(p.ID.Server())),
+		grpc.Creds(conns),
 		grpc.MaxRecvMsgSize(maxReceive),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.ConnectionTimeout(handshakeTime),

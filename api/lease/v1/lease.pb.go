@@ -487,6 +487,7 @@ type HostHello struct {
 	Caps          []string               `protobuf:"bytes,2,rep,name=caps,proto3" json:"caps,omitempty"`
 	Sources       [][]byte               `protobuf:"bytes,3,rep,name=sources,proto3" json:"sources,omitempty"`
 	Held          *LeaseRef              `protobuf:"bytes,4,opt,name=held,proto3" json:"held,omitempty"`
+	Lists         [][]byte               `protobuf:"bytes,5,rep,name=lists,proto3" json:"lists,omitempty"` // SHA-256 of the revocation lists in force, which need not be sent
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -545,6 +546,13 @@ func (x *HostHello) GetSources() [][]byte {
 func (x *HostHello) GetHeld() *LeaseRef {
 	if x != nil {
 		return x.Held
+	}
+	return nil
+}
+
+func (x *HostHello) GetLists() [][]byte {
+	if x != nil {
+		return x.Lists
 	}
 	return nil
 }
@@ -646,6 +654,7 @@ type AttendDown struct {
 	//	*AttendDown_Welcome
 	//	*AttendDown_Offer
 	//	*AttendDown_Revoke
+	//	*AttendDown_List
 	M             isAttendDown_M `protobuf_oneof:"m"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -715,6 +724,15 @@ func (x *AttendDown) GetRevoke() *Revoke {
 	return nil
 }
 
+func (x *AttendDown) GetList() *RevocationList {
+	if x != nil {
+		if x, ok := x.M.(*AttendDown_List); ok {
+			return x.List
+		}
+	}
+	return nil
+}
+
 type isAttendDown_M interface {
 	isAttendDown_M()
 }
@@ -731,11 +749,63 @@ type AttendDown_Revoke struct {
 	Revoke *Revoke `protobuf:"bytes,3,opt,name=revoke,proto3,oneof"`
 }
 
+type AttendDown_List struct {
+	List *RevocationList `protobuf:"bytes,4,opt,name=list,proto3,oneof"`
+}
+
 func (*AttendDown_Welcome) isAttendDown_M() {}
 
 func (*AttendDown_Offer) isAttendDown_M() {}
 
 func (*AttendDown_Revoke) isAttendDown_M() {}
+
+func (*AttendDown_List) isAttendDown_M() {}
+
+// RevocationList takes certificates back (RFC 5280 section 5). A receiver uses it when an authority that it trusts has signed
+// it and its number is higher than that of the list in force.
+type RevocationList struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Der           []byte                 `protobuf:"bytes,1,opt,name=der,proto3" json:"der,omitempty"` // at most 1 MiB
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevocationList) Reset() {
+	*x = RevocationList{}
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevocationList) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevocationList) ProtoMessage() {}
+
+func (x *RevocationList) ProtoReflect() protoreflect.Message {
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevocationList.ProtoReflect.Descriptor instead.
+func (*RevocationList) Descriptor() ([]byte, []int) {
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *RevocationList) GetDer() []byte {
+	if x != nil {
+		return x.Der
+	}
+	return nil
+}
 
 // Welcome answers HostHello. known is the caller's live lease, if any.
 type Welcome struct {
@@ -751,7 +821,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[7]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -763,7 +833,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[7]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -776,7 +846,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{7}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Welcome) GetCell() string {
@@ -825,7 +895,7 @@ type Timers struct {
 
 func (x *Timers) Reset() {
 	*x = Timers{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[8]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -837,7 +907,7 @@ func (x *Timers) String() string {
 func (*Timers) ProtoMessage() {}
 
 func (x *Timers) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[8]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -850,7 +920,7 @@ func (x *Timers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timers.ProtoReflect.Descriptor instead.
 func (*Timers) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{8}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Timers) GetT1Permille() uint32 {
@@ -885,7 +955,7 @@ type Offer struct {
 
 func (x *Offer) Reset() {
 	*x = Offer{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[9]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -897,7 +967,7 @@ func (x *Offer) String() string {
 func (*Offer) ProtoMessage() {}
 
 func (x *Offer) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[9]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -910,7 +980,7 @@ func (x *Offer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Offer.ProtoReflect.Descriptor instead.
 func (*Offer) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{9}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Offer) GetHintId() uint64 {
@@ -937,7 +1007,7 @@ type Revoke struct {
 
 func (x *Revoke) Reset() {
 	*x = Revoke{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[10]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -949,7 +1019,7 @@ func (x *Revoke) String() string {
 func (*Revoke) ProtoMessage() {}
 
 func (x *Revoke) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[10]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -962,7 +1032,7 @@ func (x *Revoke) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revoke.ProtoReflect.Descriptor instead.
 func (*Revoke) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{10}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Revoke) GetLease() *LeaseRef {
@@ -996,7 +1066,7 @@ type BindRequest struct {
 
 func (x *BindRequest) Reset() {
 	*x = BindRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[11]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1008,7 +1078,7 @@ func (x *BindRequest) String() string {
 func (*BindRequest) ProtoMessage() {}
 
 func (x *BindRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[11]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1021,7 +1091,7 @@ func (x *BindRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BindRequest.ProtoReflect.Descriptor instead.
 func (*BindRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{11}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *BindRequest) GetRequestId() []byte {
@@ -1098,7 +1168,7 @@ type Held struct {
 
 func (x *Held) Reset() {
 	*x = Held{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[12]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1110,7 +1180,7 @@ func (x *Held) String() string {
 func (*Held) ProtoMessage() {}
 
 func (x *Held) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[12]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1123,7 +1193,7 @@ func (x *Held) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Held.ProtoReflect.Descriptor instead.
 func (*Held) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{12}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Held) GetLease() *LeaseRef {
@@ -1156,7 +1226,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[13]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1168,7 +1238,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[13]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1181,7 +1251,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{13}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Lease) GetRes() *Resource {
@@ -1254,7 +1324,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[14]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1266,7 +1336,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[14]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1279,7 +1349,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{14}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RenewRequest) GetRequestId() []byte {
@@ -1336,7 +1406,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[15]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1348,7 +1418,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[15]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1361,7 +1431,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{15}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ReleaseRequest) GetRequestId() []byte {
@@ -1400,7 +1470,7 @@ type ReleaseReply struct {
 
 func (x *ReleaseReply) Reset() {
 	*x = ReleaseReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[16]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1412,7 +1482,7 @@ func (x *ReleaseReply) String() string {
 func (*ReleaseReply) ProtoMessage() {}
 
 func (x *ReleaseReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[16]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1425,7 +1495,7 @@ func (x *ReleaseReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseReply.ProtoReflect.Descriptor instead.
 func (*ReleaseReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{16}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{17}
 }
 
 type Prefix struct {
@@ -1438,7 +1508,7 @@ type Prefix struct {
 
 func (x *Prefix) Reset() {
 	*x = Prefix{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[17]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1450,7 +1520,7 @@ func (x *Prefix) String() string {
 func (*Prefix) ProtoMessage() {}
 
 func (x *Prefix) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[17]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1463,7 +1533,7 @@ func (x *Prefix) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Prefix.ProtoReflect.Descriptor instead.
 func (*Prefix) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{17}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Prefix) GetAddr() []byte {
@@ -1483,13 +1553,14 @@ func (x *Prefix) GetBits() uint32 {
 type WatchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Clients       []*Prefix              `protobuf:"bytes,1,rep,name=clients,proto3" json:"clients,omitempty"`
+	Lists         [][]byte               `protobuf:"bytes,2,rep,name=lists,proto3" json:"lists,omitempty"` // as in HostHello
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[18]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1501,7 +1572,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[18]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1514,12 +1585,19 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{18}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *WatchRequest) GetClients() []*Prefix {
 	if x != nil {
 		return x.Clients
+	}
+	return nil
+}
+
+func (x *WatchRequest) GetLists() [][]byte {
+	if x != nil {
+		return x.Lists
 	}
 	return nil
 }
@@ -1532,6 +1610,7 @@ type HostEvent struct {
 	//	*HostEvent_Delete
 	//	*HostEvent_InSync
 	//	*HostEvent_Pool
+	//	*HostEvent_List
 	M             isHostEvent_M `protobuf_oneof:"m"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1539,7 +1618,7 @@ type HostEvent struct {
 
 func (x *HostEvent) Reset() {
 	*x = HostEvent{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[19]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1551,7 +1630,7 @@ func (x *HostEvent) String() string {
 func (*HostEvent) ProtoMessage() {}
 
 func (x *HostEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[19]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1564,7 +1643,7 @@ func (x *HostEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostEvent.ProtoReflect.Descriptor instead.
 func (*HostEvent) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{19}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *HostEvent) GetM() isHostEvent_M {
@@ -1610,6 +1689,15 @@ func (x *HostEvent) GetPool() *PoolState {
 	return nil
 }
 
+func (x *HostEvent) GetList() *RevocationList {
+	if x != nil {
+		if x, ok := x.M.(*HostEvent_List); ok {
+			return x.List
+		}
+	}
+	return nil
+}
+
 type isHostEvent_M interface {
 	isHostEvent_M()
 }
@@ -1630,6 +1718,10 @@ type HostEvent_Pool struct {
 	Pool *PoolState `protobuf:"bytes,4,opt,name=pool,proto3,oneof"`
 }
 
+type HostEvent_List struct {
+	List *RevocationList `protobuf:"bytes,5,opt,name=list,proto3,oneof"`
+}
+
 func (*HostEvent_Upsert) isHostEvent_M() {}
 
 func (*HostEvent_Delete) isHostEvent_M() {}
@@ -1637,6 +1729,8 @@ func (*HostEvent_Delete) isHostEvent_M() {}
 func (*HostEvent_InSync) isHostEvent_M() {}
 
 func (*HostEvent_Pool) isHostEvent_M() {}
+
+func (*HostEvent_List) isHostEvent_M() {}
 
 // HostState says what the service knows of one source address.
 type HostState struct {
@@ -1654,7 +1748,7 @@ type HostState struct {
 
 func (x *HostState) Reset() {
 	*x = HostState{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[20]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1666,7 +1760,7 @@ func (x *HostState) String() string {
 func (*HostState) ProtoMessage() {}
 
 func (x *HostState) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[20]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1679,7 +1773,7 @@ func (x *HostState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostState.ProtoReflect.Descriptor instead.
 func (*HostState) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{20}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *HostState) GetSource() []byte {
@@ -1734,7 +1828,7 @@ type PoolState struct {
 
 func (x *PoolState) Reset() {
 	*x = PoolState{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[21]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1746,7 +1840,7 @@ func (x *PoolState) String() string {
 func (*PoolState) ProtoMessage() {}
 
 func (x *PoolState) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[21]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1759,7 +1853,7 @@ func (x *PoolState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolState.ProtoReflect.Descriptor instead.
 func (*PoolState) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{21}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *PoolState) GetHintsOn() bool {
@@ -1786,7 +1880,7 @@ type HintRequest struct {
 
 func (x *HintRequest) Reset() {
 	*x = HintRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[22]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1798,7 +1892,7 @@ func (x *HintRequest) String() string {
 func (*HintRequest) ProtoMessage() {}
 
 func (x *HintRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[22]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1811,7 +1905,7 @@ func (x *HintRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintRequest.ProtoReflect.Descriptor instead.
 func (*HintRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{22}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *HintRequest) GetSource() []byte {
@@ -1839,7 +1933,7 @@ type HintReply struct {
 
 func (x *HintReply) Reset() {
 	*x = HintReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[23]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1851,7 +1945,7 @@ func (x *HintReply) String() string {
 func (*HintReply) ProtoMessage() {}
 
 func (x *HintReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[23]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1864,7 +1958,7 @@ func (x *HintReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintReply.ProtoReflect.Descriptor instead.
 func (*HintReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{23}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *HintReply) GetState() HintState {
@@ -1903,7 +1997,7 @@ type SyncUp struct {
 
 func (x *SyncUp) Reset() {
 	*x = SyncUp{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[24]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1915,7 +2009,7 @@ func (x *SyncUp) String() string {
 func (*SyncUp) ProtoMessage() {}
 
 func (x *SyncUp) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[24]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1928,7 +2022,7 @@ func (x *SyncUp) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncUp.ProtoReflect.Descriptor instead.
 func (*SyncUp) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{24}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SyncUp) GetM() isSyncUp_M {
@@ -2013,13 +2107,14 @@ type TepHello struct {
 	Caps          []string               `protobuf:"bytes,6,rep,name=caps,proto3" json:"caps,omitempty"`
 	SentBootNs    uint64                 `protobuf:"varint,7,opt,name=sent_boot_ns,json=sentBootNs,proto3" json:"sent_boot_ns,omitempty"` // CLOCK_BOOTTIME of the TEP when it sent this; deadlines count from here (F5)
 	Question      *Endpoint              `protobuf:"bytes,8,opt,name=question,proto3" json:"question,omitempty"`                          // where it serves Gateways; unset = nowhere
+	Lists         [][]byte               `protobuf:"bytes,9,rep,name=lists,proto3" json:"lists,omitempty"`                                // as in HostHello
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TepHello) Reset() {
 	*x = TepHello{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[25]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2031,7 +2126,7 @@ func (x *TepHello) String() string {
 func (*TepHello) ProtoMessage() {}
 
 func (x *TepHello) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[25]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2044,7 +2139,7 @@ func (x *TepHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepHello.ProtoReflect.Descriptor instead.
 func (*TepHello) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{25}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *TepHello) GetTepId() string {
@@ -2103,6 +2198,13 @@ func (x *TepHello) GetQuestion() *Endpoint {
 	return nil
 }
 
+func (x *TepHello) GetLists() [][]byte {
+	if x != nil {
+		return x.Lists
+	}
+	return nil
+}
+
 type Heartbeat struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Session       uint64                 `protobuf:"varint,1,opt,name=session,proto3" json:"session,omitempty"`
@@ -2117,7 +2219,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[26]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2129,7 +2231,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[26]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2142,7 +2244,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{26}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Heartbeat) GetSession() uint64 {
@@ -2199,7 +2301,7 @@ type Ack struct {
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[27]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2211,7 +2313,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[27]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2224,7 +2326,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{27}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Ack) GetSession() uint64 {
@@ -2259,7 +2361,7 @@ type Nack struct {
 
 func (x *Nack) Reset() {
 	*x = Nack{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2271,7 +2373,7 @@ func (x *Nack) String() string {
 func (*Nack) ProtoMessage() {}
 
 func (x *Nack) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[28]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2284,7 +2386,7 @@ func (x *Nack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nack.ProtoReflect.Descriptor instead.
 func (*Nack) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{28}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Nack) GetRes() *Resource {
@@ -2319,7 +2421,7 @@ type TableChunk struct {
 
 func (x *TableChunk) Reset() {
 	*x = TableChunk{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2331,7 +2433,7 @@ func (x *TableChunk) String() string {
 func (*TableChunk) ProtoMessage() {}
 
 func (x *TableChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[29]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2344,7 +2446,7 @@ func (x *TableChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TableChunk.ProtoReflect.Descriptor instead.
 func (*TableChunk) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{29}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *TableChunk) GetLast() bool {
@@ -2369,6 +2471,7 @@ type SyncDown struct {
 	//	*SyncDown_Snapshot
 	//	*SyncDown_Batch
 	//	*SyncDown_Upload
+	//	*SyncDown_List
 	M             isSyncDown_M `protobuf_oneof:"m"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2376,7 +2479,7 @@ type SyncDown struct {
 
 func (x *SyncDown) Reset() {
 	*x = SyncDown{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2388,7 +2491,7 @@ func (x *SyncDown) String() string {
 func (*SyncDown) ProtoMessage() {}
 
 func (x *SyncDown) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[30]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2401,7 +2504,7 @@ func (x *SyncDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncDown.ProtoReflect.Descriptor instead.
 func (*SyncDown) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{30}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *SyncDown) GetM() isSyncDown_M {
@@ -2447,6 +2550,15 @@ func (x *SyncDown) GetUpload() *UploadTable {
 	return nil
 }
 
+func (x *SyncDown) GetList() *RevocationList {
+	if x != nil {
+		if x, ok := x.M.(*SyncDown_List); ok {
+			return x.List
+		}
+	}
+	return nil
+}
+
 type isSyncDown_M interface {
 	isSyncDown_M()
 }
@@ -2467,6 +2579,10 @@ type SyncDown_Upload struct {
 	Upload *UploadTable `protobuf:"bytes,4,opt,name=upload,proto3,oneof"`
 }
 
+type SyncDown_List struct {
+	List *RevocationList `protobuf:"bytes,5,opt,name=list,proto3,oneof"` // to gateways with cap revocation_lists
+}
+
 func (*SyncDown_Session) isSyncDown_M() {}
 
 func (*SyncDown_Snapshot) isSyncDown_M() {}
@@ -2474,6 +2590,8 @@ func (*SyncDown_Snapshot) isSyncDown_M() {}
 func (*SyncDown_Batch) isSyncDown_M() {}
 
 func (*SyncDown_Upload) isSyncDown_M() {}
+
+func (*SyncDown_List) isSyncDown_M() {}
 
 // UploadTable, instead of a SessionReply, asks a TEP what its packet path holds: the store was restored from a copy and may
 // know less. The stream ends after it, and the TEP forwards on under the deadline that it has.
@@ -2485,7 +2603,7 @@ type UploadTable struct {
 
 func (x *UploadTable) Reset() {
 	*x = UploadTable{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2497,7 +2615,7 @@ func (x *UploadTable) String() string {
 func (*UploadTable) ProtoMessage() {}
 
 func (x *UploadTable) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[31]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2510,7 +2628,7 @@ func (x *UploadTable) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UploadTable.ProtoReflect.Descriptor instead.
 func (*UploadTable) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{31}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{32}
 }
 
 // SessionReply answers a Hello or a Heartbeat: deadline = echo_boot_ns + grant, once applied_rev >= floor (F5, F7).
@@ -2533,7 +2651,7 @@ type SessionReply struct {
 
 func (x *SessionReply) Reset() {
 	*x = SessionReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2545,7 +2663,7 @@ func (x *SessionReply) String() string {
 func (*SessionReply) ProtoMessage() {}
 
 func (x *SessionReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[32]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2558,7 +2676,7 @@ func (x *SessionReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionReply.ProtoReflect.Descriptor instead.
 func (*SessionReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{32}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SessionReply) GetSession() uint64 {
@@ -2648,7 +2766,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2660,7 +2778,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[33]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2673,7 +2791,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{33}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Endpoint) GetAddr() []byte {
@@ -2700,7 +2818,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2712,7 +2830,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[34]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2725,7 +2843,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{34}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Peer) GetTepId() string {
@@ -2750,7 +2868,7 @@ type QuestionRequest struct {
 
 func (x *QuestionRequest) Reset() {
 	*x = QuestionRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2762,7 +2880,7 @@ func (x *QuestionRequest) String() string {
 func (*QuestionRequest) ProtoMessage() {}
 
 func (x *QuestionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[35]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2775,7 +2893,7 @@ func (x *QuestionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuestionRequest.ProtoReflect.Descriptor instead.
 func (*QuestionRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{35}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{36}
 }
 
 type QuestionReply struct {
@@ -2787,7 +2905,7 @@ type QuestionReply struct {
 
 func (x *QuestionReply) Reset() {
 	*x = QuestionReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2799,7 +2917,7 @@ func (x *QuestionReply) String() string {
 func (*QuestionReply) ProtoMessage() {}
 
 func (x *QuestionReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[36]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2812,7 +2930,7 @@ func (x *QuestionReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuestionReply.ProtoReflect.Descriptor instead.
 func (*QuestionReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{36}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *QuestionReply) GetQuiet() bool {
@@ -2836,7 +2954,7 @@ type SnapshotChunk struct {
 
 func (x *SnapshotChunk) Reset() {
 	*x = SnapshotChunk{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2848,7 +2966,7 @@ func (x *SnapshotChunk) String() string {
 func (*SnapshotChunk) ProtoMessage() {}
 
 func (x *SnapshotChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[37]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2861,7 +2979,7 @@ func (x *SnapshotChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotChunk.ProtoReflect.Descriptor instead.
 func (*SnapshotChunk) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{37}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *SnapshotChunk) GetSession() uint64 {
@@ -2912,7 +3030,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2924,7 +3042,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[38]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2937,7 +3055,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{38}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Batch) GetSession() uint64 {
@@ -2984,7 +3102,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2996,7 +3114,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[39]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3009,7 +3127,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{39}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Record) GetRev() uint64 {
@@ -3095,7 +3213,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3107,7 +3225,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[40]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3120,7 +3238,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{40}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Binding) GetRes() *Resource {
@@ -3168,7 +3286,7 @@ type Unbind struct {
 
 func (x *Unbind) Reset() {
 	*x = Unbind{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3180,7 +3298,7 @@ func (x *Unbind) String() string {
 func (*Unbind) ProtoMessage() {}
 
 func (x *Unbind) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[41]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3193,7 +3311,7 @@ func (x *Unbind) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unbind.ProtoReflect.Descriptor instead.
 func (*Unbind) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{41}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Unbind) GetRes() *Resource {
@@ -3224,7 +3342,7 @@ type PoolRecord struct {
 
 func (x *PoolRecord) Reset() {
 	*x = PoolRecord{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3236,7 +3354,7 @@ func (x *PoolRecord) String() string {
 func (*PoolRecord) ProtoMessage() {}
 
 func (x *PoolRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[42]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3249,7 +3367,7 @@ func (x *PoolRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolRecord.ProtoReflect.Descriptor instead.
 func (*PoolRecord) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{42}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *PoolRecord) GetName() string {
@@ -3303,7 +3421,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3315,7 +3433,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[43]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3328,7 +3446,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{43}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListRequest) GetPool() string {
@@ -3355,7 +3473,7 @@ type LeaseInfo struct {
 
 func (x *LeaseInfo) Reset() {
 	*x = LeaseInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3367,7 +3485,7 @@ func (x *LeaseInfo) String() string {
 func (*LeaseInfo) ProtoMessage() {}
 
 func (x *LeaseInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[44]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3380,7 +3498,7 @@ func (x *LeaseInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaseInfo.ProtoReflect.Descriptor instead.
 func (*LeaseInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{44}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *LeaseInfo) GetRes() *Resource {
@@ -3457,7 +3575,7 @@ type WhoRequest struct {
 
 func (x *WhoRequest) Reset() {
 	*x = WhoRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3469,7 +3587,7 @@ func (x *WhoRequest) String() string {
 func (*WhoRequest) ProtoMessage() {}
 
 func (x *WhoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[45]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3482,7 +3600,7 @@ func (x *WhoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoRequest.ProtoReflect.Descriptor instead.
 func (*WhoRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{45}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *WhoRequest) GetAddr() uint32 {
@@ -3515,7 +3633,7 @@ type WhoReply struct {
 
 func (x *WhoReply) Reset() {
 	*x = WhoReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3527,7 +3645,7 @@ func (x *WhoReply) String() string {
 func (*WhoReply) ProtoMessage() {}
 
 func (x *WhoReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[46]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3540,7 +3658,7 @@ func (x *WhoReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoReply.ProtoReflect.Descriptor instead.
 func (*WhoReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{46}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *WhoReply) GetHoldings() []*Holding {
@@ -3569,7 +3687,7 @@ type Holding struct {
 
 func (x *Holding) Reset() {
 	*x = Holding{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3581,7 +3699,7 @@ func (x *Holding) String() string {
 func (*Holding) ProtoMessage() {}
 
 func (x *Holding) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[47]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3594,7 +3712,7 @@ func (x *Holding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Holding.ProtoReflect.Descriptor instead.
 func (*Holding) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{47}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Holding) GetHostId() string {
@@ -3673,7 +3791,7 @@ type AuditExportRequest struct {
 
 func (x *AuditExportRequest) Reset() {
 	*x = AuditExportRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3685,7 +3803,7 @@ func (x *AuditExportRequest) String() string {
 func (*AuditExportRequest) ProtoMessage() {}
 
 func (x *AuditExportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[48]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3698,7 +3816,7 @@ func (x *AuditExportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditExportRequest.ProtoReflect.Descriptor instead.
 func (*AuditExportRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{48}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *AuditExportRequest) GetAfterRev() uint64 {
@@ -3749,7 +3867,7 @@ type AuditEvent struct {
 
 func (x *AuditEvent) Reset() {
 	*x = AuditEvent{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3761,7 +3879,7 @@ func (x *AuditEvent) String() string {
 func (*AuditEvent) ProtoMessage() {}
 
 func (x *AuditEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[49]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3774,7 +3892,7 @@ func (x *AuditEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditEvent.ProtoReflect.Descriptor instead.
 func (*AuditEvent) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{49}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *AuditEvent) GetRev() uint64 {
@@ -3862,7 +3980,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3874,7 +3992,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[50]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3887,7 +4005,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{50}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{51}
 }
 
 type BackupChunk struct {
@@ -3900,7 +4018,7 @@ type BackupChunk struct {
 
 func (x *BackupChunk) Reset() {
 	*x = BackupChunk{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3912,7 +4030,7 @@ func (x *BackupChunk) String() string {
 func (*BackupChunk) ProtoMessage() {}
 
 func (x *BackupChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[51]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3925,7 +4043,7 @@ func (x *BackupChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupChunk.ProtoReflect.Descriptor instead.
 func (*BackupChunk) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{51}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *BackupChunk) GetData() []byte {
@@ -3950,7 +4068,7 @@ type PoolsRequest struct {
 
 func (x *PoolsRequest) Reset() {
 	*x = PoolsRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3962,7 +4080,7 @@ func (x *PoolsRequest) String() string {
 func (*PoolsRequest) ProtoMessage() {}
 
 func (x *PoolsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[52]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3975,7 +4093,7 @@ func (x *PoolsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolsRequest.ProtoReflect.Descriptor instead.
 func (*PoolsRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{52}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{53}
 }
 
 type PoolInfo struct {
@@ -4005,7 +4123,7 @@ type PoolInfo struct {
 
 func (x *PoolInfo) Reset() {
 	*x = PoolInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4017,7 +4135,7 @@ func (x *PoolInfo) String() string {
 func (*PoolInfo) ProtoMessage() {}
 
 func (x *PoolInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[53]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4030,7 +4148,7 @@ func (x *PoolInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolInfo.ProtoReflect.Descriptor instead.
 func (*PoolInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{53}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *PoolInfo) GetName() string {
@@ -4176,7 +4294,7 @@ type PoolsReply struct {
 
 func (x *PoolsReply) Reset() {
 	*x = PoolsReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4188,7 +4306,7 @@ func (x *PoolsReply) String() string {
 func (*PoolsReply) ProtoMessage() {}
 
 func (x *PoolsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[54]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4201,7 +4319,7 @@ func (x *PoolsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolsReply.ProtoReflect.Descriptor instead.
 func (*PoolsReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{54}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *PoolsReply) GetPools() []*PoolInfo {
@@ -4226,7 +4344,7 @@ type TepsRequest struct {
 
 func (x *TepsRequest) Reset() {
 	*x = TepsRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4238,7 +4356,7 @@ func (x *TepsRequest) String() string {
 func (*TepsRequest) ProtoMessage() {}
 
 func (x *TepsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[55]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4251,7 +4369,7 @@ func (x *TepsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepsRequest.ProtoReflect.Descriptor instead.
 func (*TepsRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{55}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{56}
 }
 
 type TepInfo struct {
@@ -4270,7 +4388,7 @@ type TepInfo struct {
 
 func (x *TepInfo) Reset() {
 	*x = TepInfo{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4282,7 +4400,7 @@ func (x *TepInfo) String() string {
 func (*TepInfo) ProtoMessage() {}
 
 func (x *TepInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[56]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4295,7 +4413,7 @@ func (x *TepInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepInfo.ProtoReflect.Descriptor instead.
 func (*TepInfo) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{56}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *TepInfo) GetId() string {
@@ -4363,7 +4481,7 @@ type FenceTepRequest struct {
 
 func (x *FenceTepRequest) Reset() {
 	*x = FenceTepRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[57]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4375,7 +4493,7 @@ func (x *FenceTepRequest) String() string {
 func (*FenceTepRequest) ProtoMessage() {}
 
 func (x *FenceTepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[57]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4388,7 +4506,7 @@ func (x *FenceTepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceTepRequest.ProtoReflect.Descriptor instead.
 func (*FenceTepRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{57}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *FenceTepRequest) GetId() string {
@@ -4406,7 +4524,7 @@ type FenceTepReply struct {
 
 func (x *FenceTepReply) Reset() {
 	*x = FenceTepReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[58]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4418,7 +4536,7 @@ func (x *FenceTepReply) String() string {
 func (*FenceTepReply) ProtoMessage() {}
 
 func (x *FenceTepReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[58]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4431,7 +4549,7 @@ func (x *FenceTepReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceTepReply.ProtoReflect.Descriptor instead.
 func (*FenceTepReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{58}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{59}
 }
 
 type RemoveTepRequest struct {
@@ -4443,7 +4561,7 @@ type RemoveTepRequest struct {
 
 func (x *RemoveTepRequest) Reset() {
 	*x = RemoveTepRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[59]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4455,7 +4573,7 @@ func (x *RemoveTepRequest) String() string {
 func (*RemoveTepRequest) ProtoMessage() {}
 
 func (x *RemoveTepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[59]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4468,7 +4586,7 @@ func (x *RemoveTepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTepRequest.ProtoReflect.Descriptor instead.
 func (*RemoveTepRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{59}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *RemoveTepRequest) GetId() string {
@@ -4486,7 +4604,7 @@ type RemoveTepReply struct {
 
 func (x *RemoveTepReply) Reset() {
 	*x = RemoveTepReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[60]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4498,7 +4616,7 @@ func (x *RemoveTepReply) String() string {
 func (*RemoveTepReply) ProtoMessage() {}
 
 func (x *RemoveTepReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[60]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4511,7 +4629,7 @@ func (x *RemoveTepReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveTepReply.ProtoReflect.Descriptor instead.
 func (*RemoveTepReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{60}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{61}
 }
 
 type TepsReply struct {
@@ -4523,7 +4641,7 @@ type TepsReply struct {
 
 func (x *TepsReply) Reset() {
 	*x = TepsReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[61]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4535,7 +4653,7 @@ func (x *TepsReply) String() string {
 func (*TepsReply) ProtoMessage() {}
 
 func (x *TepsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[61]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4548,7 +4666,7 @@ func (x *TepsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TepsReply.ProtoReflect.Descriptor instead.
 func (*TepsReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{61}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *TepsReply) GetTeps() []*TepInfo {
@@ -4568,7 +4686,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[62]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4580,7 +4698,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[62]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4593,7 +4711,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{62}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *RevokeRequest) GetRes() *Resource {
@@ -4618,7 +4736,7 @@ type RevokeReply struct {
 
 func (x *RevokeReply) Reset() {
 	*x = RevokeReply{}
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[63]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4630,7 +4748,7 @@ func (x *RevokeReply) String() string {
 func (*RevokeReply) ProtoMessage() {}
 
 func (x *RevokeReply) ProtoReflect() protoreflect.Message {
-	mi := &file_dstm_lease_v1_lease_proto_msgTypes[63]
+	mi := &file_dstm_lease_v1_lease_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4643,7 +4761,7 @@ func (x *RevokeReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeReply.ProtoReflect.Descriptor instead.
 func (*RevokeReply) Descriptor() ([]byte, []int) {
-	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{63}
+	return file_dstm_lease_v1_lease_proto_rawDescGZIP(), []int{64}
 }
 
 var File_dstm_lease_v1_lease_proto protoreflect.FileDescriptor
@@ -4662,22 +4780,26 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x18.dstm.lease.v1.HostHelloH\x00R\x05hello\x122\n" +
 	"\asources\x18\x02 \x01(\v2\x16.dstm.lease.v1.SourcesH\x00R\asources\x128\n" +
 	"\tinstalled\x18\x03 \x01(\v2\x18.dstm.lease.v1.InstalledH\x00R\tinstalledB\x03\n" +
-	"\x01m\"\x82\x01\n" +
+	"\x01m\"\x98\x01\n" +
 	"\tHostHello\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x12\n" +
 	"\x04caps\x18\x02 \x03(\tR\x04caps\x12\x18\n" +
 	"\asources\x18\x03 \x03(\fR\asources\x12+\n" +
-	"\x04held\x18\x04 \x01(\v2\x17.dstm.lease.v1.LeaseRefR\x04held\"\x1f\n" +
+	"\x04held\x18\x04 \x01(\v2\x17.dstm.lease.v1.LeaseRefR\x04held\x12\x14\n" +
+	"\x05lists\x18\x05 \x03(\fR\x05lists\"\x1f\n" +
 	"\aSources\x12\x14\n" +
 	"\x05addrs\x18\x01 \x03(\fR\x05addrs\":\n" +
 	"\tInstalled\x12-\n" +
-	"\x05lease\x18\x01 \x01(\v2\x17.dstm.lease.v1.LeaseRefR\x05lease\"\xa4\x01\n" +
+	"\x05lease\x18\x01 \x01(\v2\x17.dstm.lease.v1.LeaseRefR\x05lease\"\xd9\x01\n" +
 	"\n" +
 	"AttendDown\x122\n" +
 	"\awelcome\x18\x01 \x01(\v2\x16.dstm.lease.v1.WelcomeH\x00R\awelcome\x12,\n" +
 	"\x05offer\x18\x02 \x01(\v2\x14.dstm.lease.v1.OfferH\x00R\x05offer\x12/\n" +
-	"\x06revoke\x18\x03 \x01(\v2\x15.dstm.lease.v1.RevokeH\x00R\x06revokeB\x03\n" +
-	"\x01m\"\xb3\x01\n" +
+	"\x06revoke\x18\x03 \x01(\v2\x15.dstm.lease.v1.RevokeH\x00R\x06revoke\x123\n" +
+	"\x04list\x18\x04 \x01(\v2\x1d.dstm.lease.v1.RevocationListH\x00R\x04listB\x03\n" +
+	"\x01m\"\"\n" +
+	"\x0eRevocationList\x12\x10\n" +
+	"\x03der\x18\x01 \x01(\fR\x03der\"\xb3\x01\n" +
 	"\aWelcome\x12\x12\n" +
 	"\x04cell\x18\x01 \x01(\tR\x04cell\x12\x1d\n" +
 	"\n" +
@@ -4737,14 +4859,16 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\fReleaseReply\"0\n" +
 	"\x06Prefix\x12\x12\n" +
 	"\x04addr\x18\x01 \x01(\fR\x04addr\x12\x12\n" +
-	"\x04bits\x18\x02 \x01(\rR\x04bits\"?\n" +
+	"\x04bits\x18\x02 \x01(\rR\x04bits\"U\n" +
 	"\fWatchRequest\x12/\n" +
-	"\aclients\x18\x01 \x03(\v2\x15.dstm.lease.v1.PrefixR\aclients\"\xa9\x01\n" +
+	"\aclients\x18\x01 \x03(\v2\x15.dstm.lease.v1.PrefixR\aclients\x12\x14\n" +
+	"\x05lists\x18\x02 \x03(\fR\x05lists\"\xde\x01\n" +
 	"\tHostEvent\x122\n" +
 	"\x06upsert\x18\x01 \x01(\v2\x18.dstm.lease.v1.HostStateH\x00R\x06upsert\x12\x18\n" +
 	"\x06delete\x18\x02 \x01(\fH\x00R\x06delete\x12\x19\n" +
 	"\ain_sync\x18\x03 \x01(\bH\x00R\x06inSync\x12.\n" +
-	"\x04pool\x18\x04 \x01(\v2\x18.dstm.lease.v1.PoolStateH\x00R\x04poolB\x03\n" +
+	"\x04pool\x18\x04 \x01(\v2\x18.dstm.lease.v1.PoolStateH\x00R\x04pool\x123\n" +
+	"\x04list\x18\x05 \x01(\v2\x1d.dstm.lease.v1.RevocationListH\x00R\x04listB\x03\n" +
 	"\x01m\"\xd9\x01\n" +
 	"\tHostState\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\fR\x06source\x12\x1e\n" +
@@ -4770,7 +4894,7 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x04beat\x18\x02 \x01(\v2\x18.dstm.lease.v1.HeartbeatH\x00R\x04beat\x12&\n" +
 	"\x03ack\x18\x03 \x01(\v2\x12.dstm.lease.v1.AckH\x00R\x03ack\x121\n" +
 	"\x05table\x18\x04 \x01(\v2\x19.dstm.lease.v1.TableChunkH\x00R\x05tableB\x03\n" +
-	"\x01m\"\xf8\x01\n" +
+	"\x01m\"\x8e\x02\n" +
 	"\bTepHello\x12\x15\n" +
 	"\x06tep_id\x18\x01 \x01(\tR\x05tepId\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\tR\binstance\x12\x1d\n" +
@@ -4781,7 +4905,8 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\x04caps\x18\x06 \x03(\tR\x04caps\x12 \n" +
 	"\fsent_boot_ns\x18\a \x01(\x04R\n" +
 	"sentBootNs\x123\n" +
-	"\bquestion\x18\b \x01(\v2\x17.dstm.lease.v1.EndpointR\bquestion\"\xcd\x01\n" +
+	"\bquestion\x18\b \x01(\v2\x17.dstm.lease.v1.EndpointR\bquestion\x12\x14\n" +
+	"\x05lists\x18\t \x03(\fR\x05lists\"\xcd\x01\n" +
 	"\tHeartbeat\x12\x18\n" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12 \n" +
 	"\fsent_boot_ns\x18\x02 \x01(\x04R\n" +
@@ -4803,12 +4928,13 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\n" +
 	"TableChunk\x12\x12\n" +
 	"\x04last\x18\x01 \x01(\bR\x04last\x12*\n" +
-	"\x04held\x18\x02 \x03(\v2\x16.dstm.lease.v1.BindingR\x04held\"\xe8\x01\n" +
+	"\x04held\x18\x02 \x03(\v2\x16.dstm.lease.v1.BindingR\x04held\"\x9d\x02\n" +
 	"\bSyncDown\x127\n" +
 	"\asession\x18\x01 \x01(\v2\x1b.dstm.lease.v1.SessionReplyH\x00R\asession\x12:\n" +
 	"\bsnapshot\x18\x02 \x01(\v2\x1c.dstm.lease.v1.SnapshotChunkH\x00R\bsnapshot\x12,\n" +
 	"\x05batch\x18\x03 \x01(\v2\x14.dstm.lease.v1.BatchH\x00R\x05batch\x124\n" +
-	"\x06upload\x18\x04 \x01(\v2\x1a.dstm.lease.v1.UploadTableH\x00R\x06uploadB\x03\n" +
+	"\x06upload\x18\x04 \x01(\v2\x1a.dstm.lease.v1.UploadTableH\x00R\x06upload\x123\n" +
+	"\x04list\x18\x05 \x01(\v2\x1d.dstm.lease.v1.RevocationListH\x00R\x04listB\x03\n" +
 	"\x01m\"\r\n" +
 	"\vUploadTable\"\xde\x02\n" +
 	"\fSessionReply\x12\x18\n" +
@@ -5054,7 +5180,7 @@ func file_dstm_lease_v1_lease_proto_rawDescGZIP() []byte {
 }
 
 var file_dstm_lease_v1_lease_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_dstm_lease_v1_lease_proto_msgTypes = make([]protoimpl.MessageInfo, 64)
+var file_dstm_lease_v1_lease_proto_msgTypes = make([]protoimpl.MessageInfo, 65)
 var file_dstm_lease_v1_lease_proto_goTypes = []any{
 	(HintState)(0),             // 0: dstm.lease.v1.HintState
 	(Trigger)(0),               // 1: dstm.lease.v1.Trigger
@@ -5067,63 +5193,64 @@ var file_dstm_lease_v1_lease_proto_goTypes = []any{
 	(*Sources)(nil),            // 8: dstm.lease.v1.Sources
 	(*Installed)(nil),          // 9: dstm.lease.v1.Installed
 	(*AttendDown)(nil),         // 10: dstm.lease.v1.AttendDown
-	(*Welcome)(nil),            // 11: dstm.lease.v1.Welcome
-	(*Timers)(nil),             // 12: dstm.lease.v1.Timers
-	(*Offer)(nil),              // 13: dstm.lease.v1.Offer
-	(*Revoke)(nil),             // 14: dstm.lease.v1.Revoke
-	(*BindRequest)(nil),        // 15: dstm.lease.v1.BindRequest
-	(*Held)(nil),               // 16: dstm.lease.v1.Held
-	(*Lease)(nil),              // 17: dstm.lease.v1.Lease
-	(*RenewRequest)(nil),       // 18: dstm.lease.v1.RenewRequest
-	(*ReleaseRequest)(nil),     // 19: dstm.lease.v1.ReleaseRequest
-	(*ReleaseReply)(nil),       // 20: dstm.lease.v1.ReleaseReply
-	(*Prefix)(nil),             // 21: dstm.lease.v1.Prefix
-	(*WatchRequest)(nil),       // 22: dstm.lease.v1.WatchRequest
-	(*HostEvent)(nil),          // 23: dstm.lease.v1.HostEvent
-	(*HostState)(nil),          // 24: dstm.lease.v1.HostState
-	(*PoolState)(nil),          // 25: dstm.lease.v1.PoolState
-	(*HintRequest)(nil),        // 26: dstm.lease.v1.HintRequest
-	(*HintReply)(nil),          // 27: dstm.lease.v1.HintReply
-	(*SyncUp)(nil),             // 28: dstm.lease.v1.SyncUp
-	(*TepHello)(nil),           // 29: dstm.lease.v1.TepHello
-	(*Heartbeat)(nil),          // 30: dstm.lease.v1.Heartbeat
-	(*Ack)(nil),                // 31: dstm.lease.v1.Ack
-	(*Nack)(nil),               // 32: dstm.lease.v1.Nack
-	(*TableChunk)(nil),         // 33: dstm.lease.v1.TableChunk
-	(*SyncDown)(nil),           // 34: dstm.lease.v1.SyncDown
-	(*UploadTable)(nil),        // 35: dstm.lease.v1.UploadTable
-	(*SessionReply)(nil),       // 36: dstm.lease.v1.SessionReply
-	(*Endpoint)(nil),           // 37: dstm.lease.v1.Endpoint
-	(*Peer)(nil),               // 38: dstm.lease.v1.Peer
-	(*QuestionRequest)(nil),    // 39: dstm.lease.v1.QuestionRequest
-	(*QuestionReply)(nil),      // 40: dstm.lease.v1.QuestionReply
-	(*SnapshotChunk)(nil),      // 41: dstm.lease.v1.SnapshotChunk
-	(*Batch)(nil),              // 42: dstm.lease.v1.Batch
-	(*Record)(nil),             // 43: dstm.lease.v1.Record
-	(*Binding)(nil),            // 44: dstm.lease.v1.Binding
-	(*Unbind)(nil),             // 45: dstm.lease.v1.Unbind
-	(*PoolRecord)(nil),         // 46: dstm.lease.v1.PoolRecord
-	(*ListRequest)(nil),        // 47: dstm.lease.v1.ListRequest
-	(*LeaseInfo)(nil),          // 48: dstm.lease.v1.LeaseInfo
-	(*WhoRequest)(nil),         // 49: dstm.lease.v1.WhoRequest
-	(*WhoReply)(nil),           // 50: dstm.lease.v1.WhoReply
-	(*Holding)(nil),            // 51: dstm.lease.v1.Holding
-	(*AuditExportRequest)(nil), // 52: dstm.lease.v1.AuditExportRequest
-	(*AuditEvent)(nil),         // 53: dstm.lease.v1.AuditEvent
-	(*BackupRequest)(nil),      // 54: dstm.lease.v1.BackupRequest
-	(*BackupChunk)(nil),        // 55: dstm.lease.v1.BackupChunk
-	(*PoolsRequest)(nil),       // 56: dstm.lease.v1.PoolsRequest
-	(*PoolInfo)(nil),           // 57: dstm.lease.v1.PoolInfo
-	(*PoolsReply)(nil),         // 58: dstm.lease.v1.PoolsReply
-	(*TepsRequest)(nil),        // 59: dstm.lease.v1.TepsRequest
-	(*TepInfo)(nil),            // 60: dstm.lease.v1.TepInfo
-	(*FenceTepRequest)(nil),    // 61: dstm.lease.v1.FenceTepRequest
-	(*FenceTepReply)(nil),      // 62: dstm.lease.v1.FenceTepReply
-	(*RemoveTepRequest)(nil),   // 63: dstm.lease.v1.RemoveTepRequest
-	(*RemoveTepReply)(nil),     // 64: dstm.lease.v1.RemoveTepReply
-	(*TepsReply)(nil),          // 65: dstm.lease.v1.TepsReply
-	(*RevokeRequest)(nil),      // 66: dstm.lease.v1.RevokeRequest
-	(*RevokeReply)(nil),        // 67: dstm.lease.v1.RevokeReply
+	(*RevocationList)(nil),     // 11: dstm.lease.v1.RevocationList
+	(*Welcome)(nil),            // 12: dstm.lease.v1.Welcome
+	(*Timers)(nil),             // 13: dstm.lease.v1.Timers
+	(*Offer)(nil),              // 14: dstm.lease.v1.Offer
+	(*Revoke)(nil),             // 15: dstm.lease.v1.Revoke
+	(*BindRequest)(nil),        // 16: dstm.lease.v1.BindRequest
+	(*Held)(nil),               // 17: dstm.lease.v1.Held
+	(*Lease)(nil),              // 18: dstm.lease.v1.Lease
+	(*RenewRequest)(nil),       // 19: dstm.lease.v1.RenewRequest
+	(*ReleaseRequest)(nil),     // 20: dstm.lease.v1.ReleaseRequest
+	(*ReleaseReply)(nil),       // 21: dstm.lease.v1.ReleaseReply
+	(*Prefix)(nil),             // 22: dstm.lease.v1.Prefix
+	(*WatchRequest)(nil),       // 23: dstm.lease.v1.WatchRequest
+	(*HostEvent)(nil),          // 24: dstm.lease.v1.HostEvent
+	(*HostState)(nil),          // 25: dstm.lease.v1.HostState
+	(*PoolState)(nil),          // 26: dstm.lease.v1.PoolState
+	(*HintRequest)(nil),        // 27: dstm.lease.v1.HintRequest
+	(*HintReply)(nil),          // 28: dstm.lease.v1.HintReply
+	(*SyncUp)(nil),             // 29: dstm.lease.v1.SyncUp
+	(*TepHello)(nil),           // 30: dstm.lease.v1.TepHello
+	(*Heartbeat)(nil),          // 31: dstm.lease.v1.Heartbeat
+	(*Ack)(nil),                // 32: dstm.lease.v1.Ack
+	(*Nack)(nil),               // 33: dstm.lease.v1.Nack
+	(*TableChunk)(nil),         // 34: dstm.lease.v1.TableChunk
+	(*SyncDown)(nil),           // 35: dstm.lease.v1.SyncDown
+	(*UploadTable)(nil),        // 36: dstm.lease.v1.UploadTable
+	(*SessionReply)(nil),       // 37: dstm.lease.v1.SessionReply
+	(*Endpoint)(nil),           // 38: dstm.lease.v1.Endpoint
+	(*Peer)(nil),               // 39: dstm.lease.v1.Peer
+	(*QuestionRequest)(nil),    // 40: dstm.lease.v1.QuestionRequest
+	(*QuestionReply)(nil),      // 41: dstm.lease.v1.QuestionReply
+	(*SnapshotChunk)(nil),      // 42: dstm.lease.v1.SnapshotChunk
+	(*Batch)(nil),              // 43: dstm.lease.v1.Batch
+	(*Record)(nil),             // 44: dstm.lease.v1.Record
+	(*Binding)(nil),            // 45: dstm.lease.v1.Binding
+	(*Unbind)(nil),             // 46: dstm.lease.v1.Unbind
+	(*PoolRecord)(nil),         // 47: dstm.lease.v1.PoolRecord
+	(*ListRequest)(nil),        // 48: dstm.lease.v1.ListRequest
+	(*LeaseInfo)(nil),          // 49: dstm.lease.v1.LeaseInfo
+	(*WhoRequest)(nil),         // 50: dstm.lease.v1.WhoRequest
+	(*WhoReply)(nil),           // 51: dstm.lease.v1.WhoReply
+	(*Holding)(nil),            // 52: dstm.lease.v1.Holding
+	(*AuditExportRequest)(nil), // 53: dstm.lease.v1.AuditExportRequest
+	(*AuditEvent)(nil),         // 54: dstm.lease.v1.AuditEvent
+	(*BackupRequest)(nil),      // 55: dstm.lease.v1.BackupRequest
+	(*BackupChunk)(nil),        // 56: dstm.lease.v1.BackupChunk
+	(*PoolsRequest)(nil),       // 57: dstm.lease.v1.PoolsRequest
+	(*PoolInfo)(nil),           // 58: dstm.lease.v1.PoolInfo
+	(*PoolsReply)(nil),         // 59: dstm.lease.v1.PoolsReply
+	(*TepsRequest)(nil),        // 60: dstm.lease.v1.TepsRequest
+	(*TepInfo)(nil),            // 61: dstm.lease.v1.TepInfo
+	(*FenceTepRequest)(nil),    // 62: dstm.lease.v1.FenceTepRequest
+	(*FenceTepReply)(nil),      // 63: dstm.lease.v1.FenceTepReply
+	(*RemoveTepRequest)(nil),   // 64: dstm.lease.v1.RemoveTepRequest
+	(*RemoveTepReply)(nil),     // 65: dstm.lease.v1.RemoveTepReply
+	(*TepsReply)(nil),          // 66: dstm.lease.v1.TepsReply
+	(*RevokeRequest)(nil),      // 67: dstm.lease.v1.RevokeRequest
+	(*RevokeReply)(nil),        // 68: dstm.lease.v1.RevokeReply
 }
 var file_dstm_lease_v1_lease_proto_depIdxs = []int32{
 	4,  // 0: dstm.lease.v1.LeaseRef.res:type_name -> dstm.lease.v1.Resource
@@ -5132,98 +5259,101 @@ var file_dstm_lease_v1_lease_proto_depIdxs = []int32{
 	9,  // 3: dstm.lease.v1.AttendUp.installed:type_name -> dstm.lease.v1.Installed
 	5,  // 4: dstm.lease.v1.HostHello.held:type_name -> dstm.lease.v1.LeaseRef
 	5,  // 5: dstm.lease.v1.Installed.lease:type_name -> dstm.lease.v1.LeaseRef
-	11, // 6: dstm.lease.v1.AttendDown.welcome:type_name -> dstm.lease.v1.Welcome
-	13, // 7: dstm.lease.v1.AttendDown.offer:type_name -> dstm.lease.v1.Offer
-	14, // 8: dstm.lease.v1.AttendDown.revoke:type_name -> dstm.lease.v1.Revoke
-	5,  // 9: dstm.lease.v1.Welcome.known:type_name -> dstm.lease.v1.LeaseRef
-	12, // 10: dstm.lease.v1.Welcome.timers:type_name -> dstm.lease.v1.Timers
-	5,  // 11: dstm.lease.v1.Revoke.lease:type_name -> dstm.lease.v1.LeaseRef
-	2,  // 12: dstm.lease.v1.Revoke.reason:type_name -> dstm.lease.v1.Reason
-	4,  // 13: dstm.lease.v1.BindRequest.want:type_name -> dstm.lease.v1.Resource
-	1,  // 14: dstm.lease.v1.BindRequest.trigger:type_name -> dstm.lease.v1.Trigger
-	16, // 15: dstm.lease.v1.BindRequest.held:type_name -> dstm.lease.v1.Held
-	5,  // 16: dstm.lease.v1.Held.lease:type_name -> dstm.lease.v1.LeaseRef
-	4,  // 17: dstm.lease.v1.Lease.res:type_name -> dstm.lease.v1.Resource
-	5,  // 18: dstm.lease.v1.RenewRequest.lease:type_name -> dstm.lease.v1.LeaseRef
-	5,  // 19: dstm.lease.v1.ReleaseRequest.lease:type_name -> dstm.lease.v1.LeaseRef
-	2,  // 20: dstm.lease.v1.ReleaseRequest.reason:type_name -> dstm.lease.v1.Reason
-	21, // 21: dstm.lease.v1.WatchRequest.clients:type_name -> dstm.lease.v1.Prefix
-	24, // 22: dstm.lease.v1.HostEvent.upsert:type_name -> dstm.lease.v1.HostState
-	25, // 23: dstm.lease.v1.HostEvent.pool:type_name -> dstm.lease.v1.PoolState
-	2,  // 24: dstm.lease.v1.HostState.refused:type_name -> dstm.lease.v1.Reason
-	0,  // 25: dstm.lease.v1.HintReply.state:type_name -> dstm.lease.v1.HintState
-	2,  // 26: dstm.lease.v1.HintReply.reason:type_name -> dstm.lease.v1.Reason
-	29, // 27: dstm.lease.v1.SyncUp.hello:type_name -> dstm.lease.v1.TepHello
-	30, // 28: dstm.lease.v1.SyncUp.beat:type_name -> dstm.lease.v1.Heartbeat
-	31, // 29: dstm.lease.v1.SyncUp.ack:type_name -> dstm.lease.v1.Ack
-	33, // 30: dstm.lease.v1.SyncUp.table:type_name -> dstm.lease.v1.TableChunk
-	37, // 31: dstm.lease.v1.TepHello.question:type_name -> dstm.lease.v1.Endpoint
-	32, // 32: dstm.lease.v1.Ack.nacks:type_name -> dstm.lease.v1.Nack
-	4,  // 33: dstm.lease.v1.Nack.res:type_name -> dstm.lease.v1.Resource
-	44, // 34: dstm.lease.v1.TableChunk.held:type_name -> dstm.lease.v1.Binding
-	36, // 35: dstm.lease.v1.SyncDown.session:type_name -> dstm.lease.v1.SessionReply
-	41, // 36: dstm.lease.v1.SyncDown.snapshot:type_name -> dstm.lease.v1.SnapshotChunk
-	42, // 37: dstm.lease.v1.SyncDown.batch:type_name -> dstm.lease.v1.Batch
-	35, // 38: dstm.lease.v1.SyncDown.upload:type_name -> dstm.lease.v1.UploadTable
-	38, // 39: dstm.lease.v1.SessionReply.others:type_name -> dstm.lease.v1.Peer
-	37, // 40: dstm.lease.v1.Peer.question:type_name -> dstm.lease.v1.Endpoint
-	43, // 41: dstm.lease.v1.SnapshotChunk.records:type_name -> dstm.lease.v1.Record
-	43, // 42: dstm.lease.v1.Batch.records:type_name -> dstm.lease.v1.Record
-	44, // 43: dstm.lease.v1.Record.bind:type_name -> dstm.lease.v1.Binding
-	45, // 44: dstm.lease.v1.Record.unbind:type_name -> dstm.lease.v1.Unbind
-	46, // 45: dstm.lease.v1.Record.pool:type_name -> dstm.lease.v1.PoolRecord
-	4,  // 46: dstm.lease.v1.Binding.res:type_name -> dstm.lease.v1.Resource
-	4,  // 47: dstm.lease.v1.Unbind.res:type_name -> dstm.lease.v1.Resource
-	4,  // 48: dstm.lease.v1.LeaseInfo.res:type_name -> dstm.lease.v1.Resource
-	51, // 49: dstm.lease.v1.WhoReply.holdings:type_name -> dstm.lease.v1.Holding
-	4,  // 50: dstm.lease.v1.Holding.res:type_name -> dstm.lease.v1.Resource
-	2,  // 51: dstm.lease.v1.Holding.end:type_name -> dstm.lease.v1.Reason
-	3,  // 52: dstm.lease.v1.AuditEvent.kind:type_name -> dstm.lease.v1.AuditKind
-	4,  // 53: dstm.lease.v1.AuditEvent.res:type_name -> dstm.lease.v1.Resource
-	1,  // 54: dstm.lease.v1.AuditEvent.trigger:type_name -> dstm.lease.v1.Trigger
-	2,  // 55: dstm.lease.v1.AuditEvent.end:type_name -> dstm.lease.v1.Reason
-	57, // 56: dstm.lease.v1.PoolsReply.pools:type_name -> dstm.lease.v1.PoolInfo
-	60, // 57: dstm.lease.v1.TepsReply.teps:type_name -> dstm.lease.v1.TepInfo
-	4,  // 58: dstm.lease.v1.RevokeRequest.res:type_name -> dstm.lease.v1.Resource
-	6,  // 59: dstm.lease.v1.Hosts.Attend:input_type -> dstm.lease.v1.AttendUp
-	15, // 60: dstm.lease.v1.Hosts.Bind:input_type -> dstm.lease.v1.BindRequest
-	18, // 61: dstm.lease.v1.Hosts.Renew:input_type -> dstm.lease.v1.RenewRequest
-	19, // 62: dstm.lease.v1.Hosts.Release:input_type -> dstm.lease.v1.ReleaseRequest
-	22, // 63: dstm.lease.v1.Resolvers.WatchHosts:input_type -> dstm.lease.v1.WatchRequest
-	26, // 64: dstm.lease.v1.Resolvers.Hint:input_type -> dstm.lease.v1.HintRequest
-	28, // 65: dstm.lease.v1.Teps.Sync:input_type -> dstm.lease.v1.SyncUp
-	39, // 66: dstm.lease.v1.Gateways.Question:input_type -> dstm.lease.v1.QuestionRequest
-	47, // 67: dstm.lease.v1.Operators.ListLeases:input_type -> dstm.lease.v1.ListRequest
-	49, // 68: dstm.lease.v1.Operators.Who:input_type -> dstm.lease.v1.WhoRequest
-	56, // 69: dstm.lease.v1.Operators.Pools:input_type -> dstm.lease.v1.PoolsRequest
-	59, // 70: dstm.lease.v1.Operators.ListTeps:input_type -> dstm.lease.v1.TepsRequest
-	66, // 71: dstm.lease.v1.Operators.Revoke:input_type -> dstm.lease.v1.RevokeRequest
-	61, // 72: dstm.lease.v1.Operators.FenceTep:input_type -> dstm.lease.v1.FenceTepRequest
-	63, // 73: dstm.lease.v1.Operators.RemoveTep:input_type -> dstm.lease.v1.RemoveTepRequest
-	52, // 74: dstm.lease.v1.Operators.AuditExport:input_type -> dstm.lease.v1.AuditExportRequest
-	54, // 75: dstm.lease.v1.Operators.Backup:input_type -> dstm.lease.v1.BackupRequest
-	10, // 76: dstm.lease.v1.Hosts.Attend:output_type -> dstm.lease.v1.AttendDown
-	17, // 77: dstm.lease.v1.Hosts.Bind:output_type -> dstm.lease.v1.Lease
-	17, // 78: dstm.lease.v1.Hosts.Renew:output_type -> dstm.lease.v1.Lease
-	20, // 79: dstm.lease.v1.Hosts.Release:output_type -> dstm.lease.v1.ReleaseReply
-	23, // 80: dstm.lease.v1.Resolvers.WatchHosts:output_type -> dstm.lease.v1.HostEvent
-	27, // 81: dstm.lease.v1.Resolvers.Hint:output_type -> dstm.lease.v1.HintReply
-	34, // 82: dstm.lease.v1.Teps.Sync:output_type -> dstm.lease.v1.SyncDown
-	40, // 83: dstm.lease.v1.Gateways.Question:output_type -> dstm.lease.v1.QuestionReply
-	48, // 84: dstm.lease.v1.Operators.ListLeases:output_type -> dstm.lease.v1.LeaseInfo
-	50, // 85: dstm.lease.v1.Operators.Who:output_type -> dstm.lease.v1.WhoReply
-	58, // 86: dstm.lease.v1.Operators.Pools:output_type -> dstm.lease.v1.PoolsReply
-	65, // 87: dstm.lease.v1.Operators.ListTeps:output_type -> dstm.lease.v1.TepsReply
-	67, // 88: dstm.lease.v1.Operators.Revoke:output_type -> dstm.lease.v1.RevokeReply
-	62, // 89: dstm.lease.v1.Operators.FenceTep:output_type -> dstm.lease.v1.FenceTepReply
-	64, // 90: dstm.lease.v1.Operators.RemoveTep:output_type -> dstm.lease.v1.RemoveTepReply
-	53, // 91: dstm.lease.v1.Operators.AuditExport:output_type -> dstm.lease.v1.AuditEvent
-	55, // 92: dstm.lease.v1.Operators.Backup:output_type -> dstm.lease.v1.BackupChunk
-	76, // [76:93] is the sub-list for method output_type
-	59, // [59:76] is the sub-list for method input_type
-	59, // [59:59] is the sub-list for extension type_name
-	59, // [59:59] is the sub-list for extension extendee
-	0,  // [0:59] is the sub-list for field type_name
+	12, // 6: dstm.lease.v1.AttendDown.welcome:type_name -> dstm.lease.v1.Welcome
+	14, // 7: dstm.lease.v1.AttendDown.offer:type_name -> dstm.lease.v1.Offer
+	15, // 8: dstm.lease.v1.AttendDown.revoke:type_name -> dstm.lease.v1.Revoke
+	11, // 9: dstm.lease.v1.AttendDown.list:type_name -> dstm.lease.v1.RevocationList
+	5,  // 10: dstm.lease.v1.Welcome.known:type_name -> dstm.lease.v1.LeaseRef
+	13, // 11: dstm.lease.v1.Welcome.timers:type_name -> dstm.lease.v1.Timers
+	5,  // 12: dstm.lease.v1.Revoke.lease:type_name -> dstm.lease.v1.LeaseRef
+	2,  // 13: dstm.lease.v1.Revoke.reason:type_name -> dstm.lease.v1.Reason
+	4,  // 14: dstm.lease.v1.BindRequest.want:type_name -> dstm.lease.v1.Resource
+	1,  // 15: dstm.lease.v1.BindRequest.trigger:type_name -> dstm.lease.v1.Trigger
+	17, // 16: dstm.lease.v1.BindRequest.held:type_name -> dstm.lease.v1.Held
+	5,  // 17: dstm.lease.v1.Held.lease:type_name -> dstm.lease.v1.LeaseRef
+	4,  // 18: dstm.lease.v1.Lease.res:type_name -> dstm.lease.v1.Resource
+	5,  // 19: dstm.lease.v1.RenewRequest.lease:type_name -> dstm.lease.v1.LeaseRef
+	5,  // 20: dstm.lease.v1.ReleaseRequest.lease:type_name -> dstm.lease.v1.LeaseRef
+	2,  // 21: dstm.lease.v1.ReleaseRequest.reason:type_name -> dstm.lease.v1.Reason
+	22, // 22: dstm.lease.v1.WatchRequest.clients:type_name -> dstm.lease.v1.Prefix
+	25, // 23: dstm.lease.v1.HostEvent.upsert:type_name -> dstm.lease.v1.HostState
+	26, // 24: dstm.lease.v1.HostEvent.pool:type_name -> dstm.lease.v1.PoolState
+	11, // 25: dstm.lease.v1.HostEvent.list:type_name -> dstm.lease.v1.RevocationList
+	2,  // 26: dstm.lease.v1.HostState.refused:type_name -> dstm.lease.v1.Reason
+	0,  // 27: dstm.lease.v1.HintReply.state:type_name -> dstm.lease.v1.HintState
+	2,  // 28: dstm.lease.v1.HintReply.reason:type_name -> dstm.lease.v1.Reason
+	30, // 29: dstm.lease.v1.SyncUp.hello:type_name -> dstm.lease.v1.TepHello
+	31, // 30: dstm.lease.v1.SyncUp.beat:type_name -> dstm.lease.v1.Heartbeat
+	32, // 31: dstm.lease.v1.SyncUp.ack:type_name -> dstm.lease.v1.Ack
+	34, // 32: dstm.lease.v1.SyncUp.table:type_name -> dstm.lease.v1.TableChunk
+	38, // 33: dstm.lease.v1.TepHello.question:type_name -> dstm.lease.v1.Endpoint
+	33, // 34: dstm.lease.v1.Ack.nacks:type_name -> dstm.lease.v1.Nack
+	4,  // 35: dstm.lease.v1.Nack.res:type_name -> dstm.lease.v1.Resource
+	45, // 36: dstm.lease.v1.TableChunk.held:type_name -> dstm.lease.v1.Binding
+	37, // 37: dstm.lease.v1.SyncDown.session:type_name -> dstm.lease.v1.SessionReply
+	42, // 38: dstm.lease.v1.SyncDown.snapshot:type_name -> dstm.lease.v1.SnapshotChunk
+	43, // 39: dstm.lease.v1.SyncDown.batch:type_name -> dstm.lease.v1.Batch
+	36, // 40: dstm.lease.v1.SyncDown.upload:type_name -> dstm.lease.v1.UploadTable
+	11, // 41: dstm.lease.v1.SyncDown.list:type_name -> dstm.lease.v1.RevocationList
+	39, // 42: dstm.lease.v1.SessionReply.others:type_name -> dstm.lease.v1.Peer
+	38, // 43: dstm.lease.v1.Peer.question:type_name -> dstm.lease.v1.Endpoint
+	44, // 44: dstm.lease.v1.SnapshotChunk.records:type_name -> dstm.lease.v1.Record
+	44, // 45: dstm.lease.v1.Batch.records:type_name -> dstm.lease.v1.Record
+	45, // 46: dstm.lease.v1.Record.bind:type_name -> dstm.lease.v1.Binding
+	46, // 47: dstm.lease.v1.Record.unbind:type_name -> dstm.lease.v1.Unbind
+	47, // 48: dstm.lease.v1.Record.pool:type_name -> dstm.lease.v1.PoolRecord
+	4,  // 49: dstm.lease.v1.Binding.res:type_name -> dstm.lease.v1.Resource
+	4,  // 50: dstm.lease.v1.Unbind.res:type_name -> dstm.lease.v1.Resource
+	4,  // 51: dstm.lease.v1.LeaseInfo.res:type_name -> dstm.lease.v1.Resource
+	52, // 52: dstm.lease.v1.WhoReply.holdings:type_name -> dstm.lease.v1.Holding
+	4,  // 53: dstm.lease.v1.Holding.res:type_name -> dstm.lease.v1.Resource
+	2,  // 54: dstm.lease.v1.Holding.end:type_name -> dstm.lease.v1.Reason
+	3,  // 55: dstm.lease.v1.AuditEvent.kind:type_name -> dstm.lease.v1.AuditKind
+	4,  // 56: dstm.lease.v1.AuditEvent.res:type_name -> dstm.lease.v1.Resource
+	1,  // 57: dstm.lease.v1.AuditEvent.trigger:type_name -> dstm.lease.v1.Trigger
+	2,  // 58: dstm.lease.v1.AuditEvent.end:type_name -> dstm.lease.v1.Reason
+	58, // 59: dstm.lease.v1.PoolsReply.pools:type_name -> dstm.lease.v1.PoolInfo
+	61, // 60: dstm.lease.v1.TepsReply.teps:type_name -> dstm.lease.v1.TepInfo
+	4,  // 61: dstm.lease.v1.RevokeRequest.res:type_name -> dstm.lease.v1.Resource
+	6,  // 62: dstm.lease.v1.Hosts.Attend:input_type -> dstm.lease.v1.AttendUp
+	16, // 63: dstm.lease.v1.Hosts.Bind:input_type -> dstm.lease.v1.BindRequest
+	19, // 64: dstm.lease.v1.Hosts.Renew:input_type -> dstm.lease.v1.RenewRequest
+	20, // 65: dstm.lease.v1.Hosts.Release:input_type -> dstm.lease.v1.ReleaseRequest
+	23, // 66: dstm.lease.v1.Resolvers.WatchHosts:input_type -> dstm.lease.v1.WatchRequest
+	27, // 67: dstm.lease.v1.Resolvers.Hint:input_type -> dstm.lease.v1.HintRequest
+	29, // 68: dstm.lease.v1.Teps.Sync:input_type -> dstm.lease.v1.SyncUp
+	40, // 69: dstm.lease.v1.Gateways.Question:input_type -> dstm.lease.v1.QuestionRequest
+	48, // 70: dstm.lease.v1.Operators.ListLeases:input_type -> dstm.lease.v1.ListRequest
+	50, // 71: dstm.lease.v1.Operators.Who:input_type -> dstm.lease.v1.WhoRequest
+	57, // 72: dstm.lease.v1.Operators.Pools:input_type -> dstm.lease.v1.PoolsRequest
+	60, // 73: dstm.lease.v1.Operators.ListTeps:input_type -> dstm.lease.v1.TepsRequest
+	67, // 74: dstm.lease.v1.Operators.Revoke:input_type -> dstm.lease.v1.RevokeRequest
+	62, // 75: dstm.lease.v1.Operators.FenceTep:input_type -> dstm.lease.v1.FenceTepRequest
+	64, // 76: dstm.lease.v1.Operators.RemoveTep:input_type -> dstm.lease.v1.RemoveTepRequest
+	53, // 77: dstm.lease.v1.Operators.AuditExport:input_type -> dstm.lease.v1.AuditExportRequest
+	55, // 78: dstm.lease.v1.Operators.Backup:input_type -> dstm.lease.v1.BackupRequest
+	10, // 79: dstm.lease.v1.Hosts.Attend:output_type -> dstm.lease.v1.AttendDown
+	18, // 80: dstm.lease.v1.Hosts.Bind:output_type -> dstm.lease.v1.Lease
+	18, // 81: dstm.lease.v1.Hosts.Renew:output_type -> dstm.lease.v1.Lease
+	21, // 82: dstm.lease.v1.Hosts.Release:output_type -> dstm.lease.v1.ReleaseReply
+	24, // 83: dstm.lease.v1.Resolvers.WatchHosts:output_type -> dstm.lease.v1.HostEvent
+	28, // 84: dstm.lease.v1.Resolvers.Hint:output_type -> dstm.lease.v1.HintReply
+	35, // 85: dstm.lease.v1.Teps.Sync:output_type -> dstm.lease.v1.SyncDown
+	41, // 86: dstm.lease.v1.Gateways.Question:output_type -> dstm.lease.v1.QuestionReply
+	49, // 87: dstm.lease.v1.Operators.ListLeases:output_type -> dstm.lease.v1.LeaseInfo
+	51, // 88: dstm.lease.v1.Operators.Who:output_type -> dstm.lease.v1.WhoReply
+	59, // 89: dstm.lease.v1.Operators.Pools:output_type -> dstm.lease.v1.PoolsReply
+	66, // 90: dstm.lease.v1.Operators.ListTeps:output_type -> dstm.lease.v1.TepsReply
+	68, // 91: dstm.lease.v1.Operators.Revoke:output_type -> dstm.lease.v1.RevokeReply
+	63, // 92: dstm.lease.v1.Operators.FenceTep:output_type -> dstm.lease.v1.FenceTepReply
+	65, // 93: dstm.lease.v1.Operators.RemoveTep:output_type -> dstm.lease.v1.RemoveTepReply
+	54, // 94: dstm.lease.v1.Operators.AuditExport:output_type -> dstm.lease.v1.AuditEvent
+	56, // 95: dstm.lease.v1.Operators.Backup:output_type -> dstm.lease.v1.BackupChunk
+	79, // [79:96] is the sub-list for method output_type
+	62, // [62:79] is the sub-list for method input_type
+	62, // [62:62] is the sub-list for extension type_name
+	62, // [62:62] is the sub-list for extension extendee
+	0,  // [0:62] is the sub-list for field type_name
 }
 
 func init() { file_dstm_lease_v1_lease_proto_init() }
@@ -5240,26 +5370,29 @@ func file_dstm_lease_v1_lease_proto_init() {
 		(*AttendDown_Welcome)(nil),
 		(*AttendDown_Offer)(nil),
 		(*AttendDown_Revoke)(nil),
+		(*AttendDown_List)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[19].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[20].OneofWrappers = []any{
 		(*HostEvent_Upsert)(nil),
 		(*HostEvent_Delete)(nil),
 		(*HostEvent_InSync)(nil),
 		(*HostEvent_Pool)(nil),
+		(*HostEvent_List)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[24].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[25].OneofWrappers = []any{
 		(*SyncUp_Hello)(nil),
 		(*SyncUp_Beat)(nil),
 		(*SyncUp_Ack)(nil),
 		(*SyncUp_Table)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[30].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[31].OneofWrappers = []any{
 		(*SyncDown_Session)(nil),
 		(*SyncDown_Snapshot)(nil),
 		(*SyncDown_Batch)(nil),
 		(*SyncDown_Upload)(nil),
+		(*SyncDown_List)(nil),
 	}
-	file_dstm_lease_v1_lease_proto_msgTypes[39].OneofWrappers = []any{
+	file_dstm_lease_v1_lease_proto_msgTypes[40].OneofWrappers = []any{
 		(*Record_Bind)(nil),
 		(*Record_Unbind)(nil),
 		(*Record_Pool)(nil),
@@ -5270,7 +5403,7 @@ func file_dstm_lease_v1_lease_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dstm_lease_v1_lease_proto_rawDesc), len(file_dstm_lease_v1_lease_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   64,
+			NumMessages:   65,
 			NumExtensions: 0,
 			NumServices:   5,
 		},
