@@ -67,13 +67,15 @@ fuzz: ## every fuzz target for FUZZTIME each
 	hack/fuzz $(FUZZTIME)
 
 .PHONY: test-full
-test-full: test ## test, and every step of the labs
+test-full: test ## test, its long forms, and every step of the labs
 	hack/deps lab
+	DSTM_TEST_ROOT=1 DSTM_TEST_FULL=1 $(GO) test -count=1 -timeout 20m ./cmd
 	@$(MAKE) --no-print-directory build
 	@hack/lab && bin/dstm lab down lab/dstm01/dstm01.clab.yml
 
 .PHONY: soak
-soak: ## every fuzz target for a minute
+soak: ## 300 kills of a lease service under load, and every fuzz target for a minute
+	DSTM_SOAK=1 $(GO) test -count=1 -timeout 20m -run KilledAtRandom ./cmd
 	hack/fuzz 60s
 
 .PHONY: bench
