@@ -8,17 +8,19 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
-	"google.golang.org/grpc/tap"
 
 	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
 	"github.com/dstm-project/dstm/internal/failpoint"
+	"github.com/dstm-project/dstm/internal/thinrpc"
 	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/internal/wire"
 	"github.com/dstm-project/dstm/lease"
@@ -29,7 +31,8 @@ const (
 	maxReceive    = 64 << 10
 	maxStreams    = 64
 	minPing       = 5 * time.Second  // callers ping every 10 s
-	pingAfter     = 20 * time.Second // of silence, which only those have who went or are old
+	pingAfter     = 20 * time.Second // of a host's silence; hosts ping by themselves
+	pingWait      = 3 * time.Second
 	stopPatience  = 2 * time.Second
 	handshakeTime = 5 * time.Second
 )
@@ -48,18 +51,16 @@ const window = 256 << 10
 func (s *Server) serve(ctx context.Context, l net.Listener, ready func()) error {
 	conns := s.d.TLS.Conns(s.d.Server).Limit(s.cfg.Limits.Connections, func() { s.m.refused.WithLabelValues("connections").Inc() })
 	defer conns.Close()
+	thin := thinrpc.New(s.thin())
 	g := grpc.NewServer(
-		grpc.Creds(conns),
+		grpc.Creds(dispatch{conns, thin}),
 		grpc.MaxRecvMsgSize(maxReceive),
 		grpc.MaxConcurrentStreams(maxStreams),
 		// A window of a fixed size needs no pings that measure the path, which would come with every call.
 		grpc.InitialWindowSize(window), grpc.InitialConnWindowSize(window),
-		// A connection that is idle has no buffers: TLS has one for reading, those for writing come from a pool.
-		grpc.ReadBufferSize(0), grpc.SharedWriteBuffer(true),
 		grpc.ConnectionTimeout(handshakeTime),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingAfter, Timeout: 3 * time.Second}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 10 * time.Second, Timeout: pingWait}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minPing, PermitWithoutStream: true}),
-		grpc.InTapHandle(endable),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
 	)
@@ -74,12 +75,59 @@ func (s *Server) serve(ctx context.Context, l net.Listener, ready func()) error 
 		g.GracefulStop()
 	})
 	defer stop()
+	ctx, end := context.WithCancel(ctx)
+	var hosts sync.WaitGroup
+	hosts.Go(func() { thin.Run(ctx, stopPatience) })
+	defer hosts.Wait()
+	defer end()
 	s.d.Log.Info("listening", "addr", l.Addr().String())
 	ready()
 	if err := g.Serve(listener{l, s.limits}); err != nil && ctx.Err() == nil {
 		return err
 	}
 	return nil
+}
+
+// dispatch gives the connections of hosts to thin, once it is known whose they are.
+type dispatch struct {
+	*tlsid.Conns
+	thin *thinrpc.Server
+}
+
+// ServerHandshake implements credentials.TransportCredentials.
+func (d dispatch) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	t, info, err := d.Conns.ServerHandshake(c)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, known := info.(*tlsid.Peer)
+	if raw, ok := c.(*thinrpc.Raw); ok && known && (p.Err != nil || p.ID.Role == tlsid.RoleHost) {
+		go d.thin.Serve(raw, t, info)
+		return nil, nil, credentials.ErrConnDispatched
+	}
+	return t, info, nil
+}
+
+// Clone implements credentials.TransportCredentials.
+func (d dispatch) Clone() credentials.TransportCredentials { return d }
+
+// thin is what hosts may call, and all that they may call.
+func (s *Server) thin() thinrpc.Config {
+	c := thinrpc.Config{
+		Unary: map[string]thinrpc.Unary{}, Streams: map[string]thinrpc.Open{leasev1.Hosts_Attend_FullMethodName: s.attend},
+		MaxMessage: maxReceive, MaxStreams: maxStreams, PingAfter: pingAfter, PingWait: pingWait,
+		Unknown: func(ctx context.Context, method string) error {
+			_, err := s.authorize(ctx, method)
+			return err
+		},
+	}
+	d := leasev1.Hosts_ServiceDesc
+	for _, m := range d.Methods {
+		c.Unary["/"+d.ServiceName+"/"+m.MethodName] = func(ctx context.Context, decode func(any) error) (any, error) {
+			return m.Handler(hostsAPI{s: s}, ctx, decode, s.unary)
+		}
+	}
+	return c
 }
 
 // caller is who calls, and from where.
@@ -192,26 +240,12 @@ type authorizedStream struct {
 
 func (a authorizedStream) Context() context.Context { return a.ctx }
 
-type endKey struct{}
-
-// endable gives streams of hosts a context that ends their Recv as well: else each of them would need a second goroutine.
-func endable(ctx context.Context, info *tap.Info) (context.Context, error) {
-	if info.FullMethodName != leasev1.Hosts_Attend_FullMethodName {
-		return ctx, nil
-	}
-	ctx, end := context.WithCancelCause(ctx)
-	return context.WithValue(ctx, endKey{}, end), nil
-}
-
 func (s *Server) stream(srv any, st grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
 	ctx, err := s.authorize(st.Context(), info.FullMethod)
 	if err != nil {
 		return err
 	}
-	end, ok := ctx.Value(endKey{}).(context.CancelCauseFunc)
-	if !ok {
-		ctx, end = context.WithCancelCause(ctx)
-	}
+	ctx, end := context.WithCancelCause(ctx)
 	defer end(nil)
 	remove, err := s.openStream(ctx, end)
 	if err != nil {

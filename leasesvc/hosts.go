@@ -10,8 +10,10 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
+	"github.com/dstm-project/dstm/internal/thinrpc"
 	"github.com/dstm-project/dstm/internal/wire"
 	"github.com/dstm-project/dstm/lease"
 	"github.com/dstm-project/dstm/leasesvc/store"
@@ -26,12 +28,17 @@ type hosts struct {
 	seed     maphash.Seed // keys of hosts are of this process only
 }
 
-// attendant is one host with a live stream.
+// attendant is one host with a live stream. It implements thinrpc.Receiver.
 type attendant struct {
+	s        *Server
+	c        caller
+	send     func(proto.Message) error
+	end      func(error) // ends the stream, and does not wait for that
+	uncount  func()
+	welcomed bool // of the goroutine that receives
+
 	name      string
 	sources   []netip.Addr
-	st        leasev1.Hosts_AttendServer
-	end       context.CancelCauseFunc
 	hint      *hint         // under way
 	installed lease.Ref     // what the host last said it has in its packet path
 	silent    bool          // did not answer an Offer; not held again until it speaks
@@ -67,66 +74,75 @@ func (h *hosts) attended() int { return len(h.byName) }
 
 func (h *hosts) key(name string) uint64 { return maphash.String(h.seed, name) }
 
-// Attend implements the Hosts service. A stream has this one goroutine, which receives; see tell for what is sent.
-func (a hostsAPI) Attend(st leasev1.Hosts_AttendServer) error {
-	if err := a.s.complete(); err != nil {
-		return err
-	}
-	ctx := st.Context()
-	c := callerOf(ctx)
-	first, err := st.Recv()
+// attend begins the stream of a host.
+func (s *Server) attend(ctx context.Context, st *thinrpc.Stream) (thinrpc.Receiver, error) {
+	ctx, err := s.authorize(ctx, leasev1.Hosts_Attend_FullMethodName)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	hello := first.GetHello()
-	if hello == nil {
-		return status.Error(codes.InvalidArgument, "attend: first message: want hello")
+	if err := s.complete(); err != nil {
+		return nil, err
 	}
-	sources, err := a.s.ownSources(c, hello.GetSources())
-	if err != nil {
-		return err
+	at := &attendant{s: s, c: callerOf(ctx), send: st.Send, end: st.End}
+	at.name = at.c.id.Name
+	if at.uncount, err = s.openStream(ctx, at.end); err != nil {
+		return nil, err
 	}
-	held, err := wire.OptionalRef("hello.held", hello.GetHeld())
-	if err != nil {
-		return invalid(err)
-	}
-	end, ok := ctx.Value(endKey{}).(context.CancelCauseFunc)
-	if !ok {
-		return status.Error(codes.Internal, "attend: the stream cannot be ended")
-	}
-	at := &attendant{name: c.id.Name, st: st, end: end, installed: held}
-	a.s.register(at, sources, hello.GetLists())
-	defer a.s.unregister(at)
-	at.flush()
-	err = a.s.receive(st, c, at)
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	return err
+	return at, nil
 }
 
-// receive reads what the host says until its stream ends.
-func (s *Server) receive(st leasev1.Hosts_AttendServer, c caller, at *attendant) error {
-	for {
-		m, err := st.Recv()
+// Recv implements thinrpc.Receiver.
+func (at *attendant) Recv(decode func(any) error) error {
+	var m leasev1.AttendUp
+	if err := decode(&m); err != nil {
+		return err
+	}
+	s := at.s
+	if !at.welcomed && m.GetHello() == nil {
+		return status.Error(codes.InvalidArgument, "attend: first message: want hello")
+	}
+	switch k := m.GetM().(type) {
+	case *leasev1.AttendUp_Hello:
+		return at.hello(k.Hello)
+	case *leasev1.AttendUp_Installed:
+		ref, err := wire.Ref("installed.lease", k.Installed.GetLease())
+		if err != nil {
+			return invalid(err)
+		}
+		s.installed(at, ref)
+	case *leasev1.AttendUp_Sources:
+		sources, err := s.ownSources(at.c, k.Sources.GetAddrs())
 		if err != nil {
 			return err
 		}
-		switch k := m.GetM().(type) {
-		case *leasev1.AttendUp_Installed:
-			ref, err := wire.Ref("installed.lease", k.Installed.GetLease())
-			if err != nil {
-				return invalid(err)
-			}
-			s.installed(at, ref)
-		case *leasev1.AttendUp_Sources:
-			sources, err := s.ownSources(c, k.Sources.GetAddrs())
-			if err != nil {
-				return err
-			}
-			s.changeSources(at, sources)
-		}
+		s.changeSources(at, sources)
 	}
+	return nil
+}
+
+// Closed implements thinrpc.Receiver.
+func (at *attendant) Closed() {
+	at.uncount()
+	if at.welcomed {
+		at.s.unregister(at)
+	}
+}
+
+// hello registers the host.
+func (at *attendant) hello(m *leasev1.HostHello) error {
+	if at.welcomed {
+		return status.Error(codes.InvalidArgument, "attend: a second hello")
+	}
+	sources, err := at.s.ownSources(at.c, m.GetSources())
+	if err != nil {
+		return err
+	}
+	if at.installed, err = wire.OptionalRef("hello.held", m.GetHeld()); err != nil {
+		return invalid(err)
+	}
+	at.welcomed = true
+	at.s.register(at, sources, m.GetLists())
+	return nil
 }
 
 // changeSources takes what a host says of its addresses, unless its stream has ended meanwhile: nobody would take them off the
@@ -171,7 +187,8 @@ func (s *Server) register(at *attendant, sources []netip.Addr, lists [][]byte) {
 	for _, l := range s.missing(lists) {
 		at.queue = append(at.queue, &leasev1.AttendDown{M: &leasev1.AttendDown_List{List: l}})
 	}
-	at.sending = true // by the caller
+	at.sending = true
+	go at.flush()
 }
 
 // leaseOf returns the live lease of a host. The caller holds mu.
@@ -295,7 +312,7 @@ func (at *attendant) flush() {
 			return
 		}
 		for _, m := range ms {
-			if err := at.st.Send(m); err != nil {
+			if err := at.send(m); err != nil {
 				at.end(err)
 				return // the stream is over, nothing is sent any more
 			}

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/dstm-project/dstm/internal/bucket"
+	"github.com/dstm-project/dstm/internal/thinrpc"
 	"github.com/dstm-project/dstm/internal/tlsid"
 )
 
@@ -164,8 +165,16 @@ type listener struct {
 func (l listener) Accept() (net.Conn, error) {
 	for {
 		c, err := l.Listener.Accept()
-		if err != nil || l.l.admits(c.RemoteAddr()) {
+		if err != nil {
 			return c, err
+		}
+		if l.l.admits(c.RemoteAddr()) {
+			if tcp, ok := c.(*net.TCPConn); ok {
+				if raw, err := thinrpc.NewRaw(tcp, pingWait); err == nil {
+					return raw, nil
+				}
+			}
+			return c, nil // an error: it is closed already, and reading will say so
 		}
 		l.l.m.refused.WithLabelValues("handshake").Inc()
 		if tcp, ok := c.(*net.TCPConn); ok {
@@ -190,11 +199,11 @@ type callerID struct {
 
 type stream struct {
 	cert *x509.Certificate // nil = none was shown
-	end  context.CancelCauseFunc
+	end  func(error)
 }
 
 // openStream counts a stream that begins, unless its caller has too many. end ends it.
-func (s *Server) openStream(ctx context.Context, end context.CancelCauseFunc) (remove func(), err error) {
+func (s *Server) openStream(ctx context.Context, end func(error)) (remove func(), err error) {
 	c, st := callerOf(ctx), &stream{end: end}
 	if p, ok := tlsid.PeerOf(ctx); ok {
 		st.cert = p.Cert

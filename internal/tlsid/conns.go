@@ -147,10 +147,7 @@ func (c *Conns) closeRevoked() {
 // ServerHandshake implements credentials.TransportCredentials.
 func (c *Conns) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	t := tls.Server(raw, c.conf)
-	// In a goroutine of its own: it needs a large stack, which the one that serves the connection would keep.
-	done := make(chan error, 1)
-	go func() { done <- t.HandshakeContext(context.Background()) }()
-	if err := <-done; err != nil {
+	if err := t.Handshake(); err != nil {
 		c.s.m.Load().handshake("failed")
 		t.Close()
 		return nil, nil, err
