@@ -82,6 +82,8 @@ type limits struct {
 	start   time.Time
 	calls   atomic.Int64
 
+	accepted atomic.Int64 // connections
+
 	mu    sync.Mutex
 	hosts *bucket.Set[string]
 	nets  *bucket.Set[netip.Prefix]
@@ -169,6 +171,7 @@ func (l listener) Accept() (net.Conn, error) {
 			return c, err
 		}
 		if l.l.admits(c.RemoteAddr()) {
+			l.l.accepted.Add(1)
 			if tcp, ok := c.(*net.TCPConn); ok {
 				if raw, err := thinrpc.NewRaw(tcp, pingWait); err == nil {
 					return raw, nil

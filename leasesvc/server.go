@@ -289,6 +289,7 @@ func (s *Server) Tasks(l net.Listener) []daemon.Task {
 		daemon.NewTask("sweeper", s.sweep),
 		daemon.NewTask("audit", s.retain),
 		daemon.NewTask("revocations", s.pushLists),
+		daemon.NewTask("tidy", s.tidy),
 		daemon.NewTask("certificates", func(ctx context.Context, ready func()) error { ready(); return s.d.TLS.Watch(ctx) }),
 	}
 }

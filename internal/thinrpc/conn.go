@@ -15,12 +15,14 @@ import (
 	"google.golang.org/grpc/peer"
 )
 
-// conn is one connection. What is without a guard belongs to the goroutine that reads.
+// conn is one connection. What is without a guard belongs to the goroutine that reads, which is another one each time: see
+// aside.
 type conn struct {
 	s    *Server
 	tls  net.Conn
 	peer *peer.Peer
 
+	turn     sync.WaitGroup // of what is done aside
 	dec      *hpack.Decoder
 	req      *request // whose header block is read
 	left     []byte   // the beginning of a frame
@@ -52,6 +54,13 @@ func newConn(s *Server, tls net.Conn, p *peer.Peer) *conn {
 	c.dec.SetMaxStringLength(maxHeaders)
 	c.heard.Store(int64(s.now()))
 	return c
+}
+
+// aside does something in another goroutine and waits for it.
+func (c *conn) aside(f func() error) (err error) {
+	c.turn.Go(func() { err = f() })
+	c.turn.Wait()
+	return err
 }
 
 // begin says what this side wants (RFC 9113 section 3.4).

@@ -79,12 +79,13 @@ func (s *Server) Serve(raw *Raw, tls net.Conn, auth credentials.AuthInfo) {
 		s.mu.Unlock()
 		c.end()
 	}()
-	if raw.thin() != nil || c.begin() != nil {
+	if raw.thin() != nil {
 		return
 	}
-	for {
-		// What is below has its own frame, which is left before the wait: the stack of a connection that waits is small.
-		if c.drain() != nil || raw.wait() != nil {
+	// This goroutine only waits, so that its stack stays the smallest there is: what has to be done is done by another one,
+	// which lives no longer than that.
+	for err := c.aside(c.begin); err == nil; err = c.aside(c.drain) {
+		if raw.wait() != nil {
 			return
 		}
 	}
