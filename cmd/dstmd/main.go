@@ -93,7 +93,7 @@ func serve(ctx context.Context, cfg *hostd.Config, net *netcfg.Config, log *slog
 		return daemon.Usage(err)
 	}
 	conn, err := leaseclient.New(leaseclient.Options{
-		Servers: cfg.LeaseService.Servers, TLS: id.Client(cfg.LeaseService.Name),
+		Servers: cfg.LeaseService.Servers, TLS: id.Client(cfg.LeaseService.Name), Identity: id,
 	})
 	if err != nil {
 		return err
@@ -104,6 +104,7 @@ func serve(ctx context.Context, cfg *hostd.Config, net *netcfg.Config, log *slog
 		return daemon.Missing(err)
 	}
 	registry := daemon.NewRegistry()
+	id.Register(registry, "dstm_hostd")
 	agent := hostd.New(cfg, hostd.Deps{
 		Service: hostd.Client{Conn: conn}, DataPath: path, Network: net, Filter: hostd.Firewall{},
 		Sockets: hostd.Sockets{InUse: hostprobe.InUse, Abort: hostprobe.Abort},

@@ -68,6 +68,7 @@ func serve(ctx context.Context, cfg *leasesvc.Config, log *slog.Logger) error {
 		return daemon.Usage(fmt.Errorf("certificate %s is of %s: the configuration is of cell %q in trust domain %q", cfg.TLS.Cert, got, cfg.Cell, cfg.TrustDomain))
 	}
 	registry := daemon.NewRegistry()
+	id.Register(registry, "dstm_leasesvc")
 	rules := policy.New(cfg.Policy, policy.Deps{Start: external.Starter(cfg.Policy.Dir, log), Log: log, Registry: registry})
 	deps := leasesvc.Deps{TLS: id, Policy: rules, Log: log, Registry: registry}
 	tasks := []daemon.Task{daemon.NewTask("policy", rules.Run)}

@@ -124,13 +124,14 @@ func serve(ctx context.Context, cfg *tepd.Config, d tepd.Deps) error {
 		return daemon.Usage(err)
 	}
 	conn, err := leaseclient.New(leaseclient.Options{
-		Servers: cfg.LeaseService.Servers, TLS: id.Client(cfg.LeaseService.Name),
+		Servers: cfg.LeaseService.Servers, TLS: id.Client(cfg.LeaseService.Name), Identity: id,
 	})
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 	registry := daemon.NewRegistry()
+	id.Register(registry, "dstm_tepd")
 	d.Service, d.Registry = tepd.Client{Conn: conn}, registry
 	if cfg.Peers.Listen.IsValid() {
 		d.Peers = &question.Peers{ID: id, Listen: cfg.Peers.Listen, Log: d.Log}

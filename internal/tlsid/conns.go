@@ -147,16 +147,12 @@ func (c *Conns) closeRevoked() {
 // ServerHandshake implements credentials.TransportCredentials.
 func (c *Conns) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	t := tls.Server(raw, c.conf)
-	if err := t.Handshake(); err != nil {
-		c.s.m.Load().handshake("failed")
+	err := t.Handshake()
+	cs := t.ConnectionState()
+	c.s.m.Load().handshake(cs, err)
+	if err != nil {
 		t.Close()
 		return nil, nil, err
-	}
-	cs := t.ConnectionState()
-	if cs.DidResume {
-		c.s.m.Load().handshake("resumed")
-	} else {
-		c.s.m.Load().handshake("full")
 	}
 	n := &conn{Conn: t, raw: raw, in: true, of: c}
 	p := newPeer(cs)
@@ -179,11 +175,13 @@ func (c *Conns) ClientHandshake(ctx context.Context, authority string, raw net.C
 		conf.ServerName = host
 	}
 	t := tls.Client(raw, conf)
-	if err := t.HandshakeContext(ctx); err != nil {
+	err := t.HandshakeContext(ctx)
+	cs := t.ConnectionState()
+	c.s.m.Load().handshake(cs, err)
+	if err != nil {
 		t.Close()
 		return nil, nil, err
 	}
-	cs := t.ConnectionState()
 	if cs.NegotiatedProtocol != "h2" {
 		t.Close()
 		return nil, nil, fmt.Errorf("tls: the other side speaks %q: want h2", cs.NegotiatedProtocol)

@@ -44,7 +44,7 @@ func TestCRLFile(t *testing.T) {
 	for _, c := range []struct{ name, crl, want string }{
 		{"good", ours, ""},
 		{"another authority's", theirs, "not signed by an authority in ca"},
-		{"garbage", garbage, "want a certificate revocation list, as dstm pki revoke writes it"},
+		{"garbage", garbage, "want lists as dstm pki revoke writes them"},
 		{"missing", filepath.Join(dir, "none.pem"), "no such file"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -1,6 +1,7 @@
 package tlsid
 
 import (
+	"crypto/tls"
 	"errors"
 	"time"
 
@@ -10,7 +11,7 @@ import (
 // Metrics count what connections and lists of one daemon come to. A nil one counts nothing.
 type Metrics struct {
 	lists      *prometheus.CounterVec // pushed, by result
-	handshakes *prometheus.CounterVec // as a server, by result
+	handshakes *prometheus.CounterVec // by result
 	closed     prometheus.Counter
 }
 
@@ -23,11 +24,14 @@ func NewMetrics(namespace string) *Metrics {
 			Help: "Revocation lists that the lease service sent, by result: applied, known, older, signature, garbage, large.",
 		}, []string{"result"}),
 		handshakes: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: ns + "handshakes_total", Help: "Handshakes with callers by result: full, resumed, failed.",
+			Name: ns + "handshakes_total", Help: "TLS handshakes by result: full, resumed, failed.",
 		}, []string{"result"}),
 		closed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: ns + "revoked_connections_total", Help: "Connections closed because the other side's certificate was taken back.",
 		}),
+	}
+	for _, r := range []string{"full", "resumed", "failed"} {
+		m.handshakes.WithLabelValues(r)
 	}
 	for _, r := range []string{resultApplied, resultKnown, resultOlder, resultSignature, resultGarbage, resultLarge} {
 		m.lists.WithLabelValues(r) // an alert looks for increases, and a series that begins above 0 has none
@@ -79,10 +83,18 @@ func (m *Metrics) list(applied bool, err error) {
 	m.lists.WithLabelValues(result).Inc()
 }
 
-func (m *Metrics) handshake(result string) {
-	if m != nil {
-		m.handshakes.WithLabelValues(result).Inc()
+func (m *Metrics) handshake(cs tls.ConnectionState, err error) {
+	if m == nil {
+		return
 	}
+	result := "full"
+	switch {
+	case err != nil:
+		result = "failed"
+	case cs.DidResume:
+		result = "resumed"
+	}
+	m.handshakes.WithLabelValues(result).Inc()
 }
 
 func (m *Metrics) revoked(n int) {

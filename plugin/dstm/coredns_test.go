@@ -33,7 +33,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 
 	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
 	"github.com/dstm-project/dstm/internal/pki"
@@ -85,7 +84,7 @@ func newLeases(t *testing.T) *leases {
 	ln, err := net.Listen("tcp", "[::1]:0")
 	must(err)
 	l.addr = netip.MustParseAddrPort(ln.Addr().String())
-	g := grpc.NewServer(grpc.Creds(credentials.NewTLS(src.Server())))
+	g := grpc.NewServer(grpc.Creds(src.Conns(src.Server())))
 	leasev1.RegisterResolversServer(g, l)
 	done := make(chan struct{})
 	go func() { defer close(done); _ = g.Serve(ln) }()

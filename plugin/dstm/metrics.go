@@ -3,6 +3,8 @@ package dstm
 import (
 	"github.com/coredns/coredns/plugin"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/dstm-project/dstm/internal/tlsid"
 )
 
 // queryResult is what became of an address query of a registered host.
@@ -46,6 +48,7 @@ type metrics struct {
 	hosts         prometheus.Gauge
 	watchUp       prometheus.Gauge
 	watchFailures prometheus.Counter
+	tls           *tlsid.Metrics
 }
 
 // newMetrics registers the metrics with reg; nil registers nothing.
@@ -64,6 +67,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Namespace: plugin.Namespace, Subsystem: name, Name: "hold_seconds", Help: "How long answers were held.",
 			Buckets: []float64{.001, .002, .005, .01, .02, .05, .1, .25, .5, 1},
 		}),
+		tls: tlsid.NewMetrics(plugin.Namespace + "_" + name),
 	}
 	for i := range m.queries {
 		m.queries[i] = queries.WithLabelValues(queryLabels[i])
@@ -72,7 +76,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		m.hints[i] = hints.WithLabelValues(hintLabels[i])
 	}
 	if reg != nil {
-		reg.MustRegister(queries, hints, m.held, m.hosts, m.watchUp, m.watchFailures, m.hold)
+		reg.MustRegister(queries, hints, m.held, m.hosts, m.watchUp, m.watchFailures, m.hold, m.tls)
 	}
 	return m
 }

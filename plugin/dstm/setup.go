@@ -71,6 +71,7 @@ func (cs *clients) setup(c *caddy.Controller) error {
 	if err != nil {
 		return plugin.Error(name, c.Errf("tls: %v", err))
 	}
+	src.Count(cs.met.tls)
 
 	d := &DSTM{cfg: cfg, lookup: upstream.New().Lookup, met: cs.met}
 	var release func()
@@ -253,7 +254,7 @@ func (cfg *config) directive(c *caddy.Controller, key string, args []string) err
 
 // dial connects to the lease service over TLS.
 func dial(cfg *config, src *tlsid.Source) (service, error) {
-	conn, err := leaseclient.New(leaseclient.Options{Servers: cfg.to, TLS: src.Client(cfg.server)})
+	conn, err := leaseclient.New(leaseclient.Options{Servers: cfg.to, TLS: src.Client(cfg.server), Identity: src})
 	if err != nil {
 		return nil, err
 	}
