@@ -69,7 +69,7 @@ func newPeer(cs tls.ConnectionState) *Peer {
 
 // conn is an open connection.
 type conn struct {
-	net.Conn
+	*tls.Conn
 	raw  net.Conn // below TLS
 	in   bool     // the other side called
 	of   *Conns

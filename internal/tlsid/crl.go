@@ -18,10 +18,16 @@ import (
 // list is a revocation list (RFC 5280 section 5) of an authority in ca: certificates that it takes back.
 type list struct {
 	der     []byte
-	issuer  string // DER of the issuer's name
+	issuer  authority
 	number  *big.Int
 	serials map[string]struct{}
 	next    time.Time // when a newer list is due
+}
+
+// authority tells authorities apart: by name, and by key, which changes while the name stays.
+type authority struct {
+	name string // DER
+	key  string // its identifier (RFC 5280 section 4.2.1.2); empty = none is given
 }
 
 // MaxList is how many bytes a list may have that is pushed: some 27,000 certificates.
@@ -48,14 +54,14 @@ func parseList(der []byte, cas []*x509.Certificate) (*list, error) {
 	if err := checkWhole(crl); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrListGarbage, err)
 	}
-	signed := func(ca *x509.Certificate) bool {
+	signer := slices.IndexFunc(cas, func(ca *x509.Certificate) bool {
 		return bytes.Equal(crl.RawIssuer, ca.RawSubject) && crl.CheckSignatureFrom(ca) == nil
-	}
-	if !slices.ContainsFunc(cas, signed) {
+	})
+	if signer < 0 {
 		return nil, fmt.Errorf("%w: it is not used", ErrListSignature)
 	}
 	l := &list{
-		der: der, issuer: string(crl.RawIssuer), number: crl.Number, next: crl.NextUpdate,
+		der: der, issuer: authority{string(crl.RawIssuer), string(cas[signer].SubjectKeyId)}, number: crl.Number, next: crl.NextUpdate,
 		serials: make(map[string]struct{}, len(crl.RevokedCertificateEntries)),
 	}
 	for _, e := range crl.RevokedCertificateEntries {
@@ -81,7 +87,7 @@ func checkWhole(crl *x509.RevocationList) error {
 
 // parseLists reads the lists of the file: PEM with one for each authority, or DER.
 func (s *Source) parseLists(m *material) error {
-	m.lists = map[string]*list{}
+	m.lists = map[authority]*list{}
 	if s.files.CRL == "" {
 		return nil
 	}
@@ -118,12 +124,13 @@ func (m *material) keep(old *material) (behind error) {
 		if now != nil && (now.number.Cmp(was.number) > 0 || bytes.Equal(now.der, was.der)) {
 			continue
 		}
+		if _, err := parseList(was.der, m.cas); err != nil {
+			continue // its authority is gone
+		}
 		if now != nil && !bytes.Equal(m.pem[3], old.pem[3]) {
 			behind = fmt.Errorf("%w: number %d, in force is %d", ErrListOlder, now.number, was.number)
 		}
-		if _, err := parseList(was.der, m.cas); err == nil {
-			m.lists[issuer] = was
-		}
+		m.lists[issuer] = was
 	}
 	return behind
 }
@@ -201,8 +208,12 @@ func (m *material) due() (at time.Time) {
 
 // Revoked returns an error when a list in force takes a certificate back.
 func (s *Source) Revoked(c *x509.Certificate) error {
-	if l := s.cur.Load().lists[string(c.RawIssuer)]; l != nil {
-		if _, ok := l.serials[string(c.SerialNumber.Bytes())]; ok {
+	serial, issuer := string(c.SerialNumber.Bytes()), authority{string(c.RawIssuer), string(c.AuthorityKeyId)}
+	for of, l := range s.cur.Load().lists {
+		if of != issuer && (of.name != issuer.name || of.key != "" && issuer.key != "") {
+			continue
+		}
+		if _, ok := l.serials[serial]; ok {
 			return fmt.Errorf("certificate %x of %s is revoked", c.SerialNumber, c.Subject.CommonName)
 		}
 	}

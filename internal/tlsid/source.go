@@ -49,7 +49,7 @@ type material struct {
 	cert    tls.Certificate
 	cas     []*x509.Certificate
 	roots   *x509.CertPool
-	lists   map[string]*list // by the DER of the issuer's name
+	lists   map[authority]*list
 	id      ID
 	tickets []byte // what session tickets are sealed with, see ticketKeys
 }
