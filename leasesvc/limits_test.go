@@ -93,3 +93,33 @@ func TestHandshakes(t *testing.T) {
 		}
 	})
 }
+
+// TestLanes: however many hosts come, gateways and resolvers, which call from elsewhere, do not wait; and the other way round.
+func TestLanes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hosts := []netip.Prefix{netip.MustParsePrefix("2001:db8:1::/48")}
+		l := newLimits(LimitsConfig{Calls: 100, Handshakes: 100}, hosts, newMetrics(nil))
+		at := func(s string) net.Addr { return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(s)) }
+		many := func(from string) (n int) {
+			for range 1000 {
+				if l.admits(at(from)) {
+					n++
+				}
+			}
+			return n
+		}
+		if n := many("[2001:db8:1::1]:1"); n != 200 {
+			t.Errorf("%d connections of hosts at once, want 200", n)
+		}
+		if n := many("[2001:db8:2::1]:1"); n != 200 {
+			t.Errorf("%d connections from elsewhere, want 200 whatever hosts do", n)
+		}
+		time.Sleep(time.Second)
+		if n := many("[2001:db8:2::1]:1"); n != 100 {
+			t.Errorf("%d more after a second, want 100", n)
+		}
+		if n := many("[2001:db8:1:ffff::1]:1"); n != 100 {
+			t.Errorf("%d more of hosts, want 100 whatever others do", n)
+		}
+	})
+}

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -46,6 +47,9 @@ type world struct {
 	store  *countingStore
 	wrap   func(store.Store) store.Store // of the next start
 	crl    string
+	roots  []string      // authorities that the service trusts; none = ca
+	id     *tlsid.Source // of the service
+	files  tlsid.Files   // of it
 }
 
 // countingStore counts transactions that hold events of addresses.
@@ -101,6 +105,21 @@ func (w *world) identity(role tlsid.Role, name string) *tlsid.Source {
 	}
 	if role == tlsid.RoleSvc {
 		f.CRL = w.crl
+		if len(w.roots) > 0 {
+			f.CA = filepath.Join(w.t.TempDir(), "roots.pem")
+			var all []byte
+			for _, dir := range w.roots {
+				b, err := os.ReadFile(filepath.Join(dir, "ca.pem"))
+				if err != nil {
+					w.t.Fatal(err)
+				}
+				all = append(all, b...)
+			}
+			if err := os.WriteFile(f.CA, all, 0o600); err != nil {
+				w.t.Fatal(err)
+			}
+		}
+		w.files = f
 	}
 	s, err := tlsid.Open(f, role, slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -128,6 +147,7 @@ func (w *world) upWith(d leasesvc.Deps) {
 		w.store.Store = w.wrap(st)
 	}
 	id := w.identity(tlsid.RoleSvc, "lease1")
+	w.id = id
 	d.Store, d.TLS, d.Log = w.store, id, slog.New(slog.DiscardHandler)
 	w.srv, err = leasesvc.New(w.t.Context(), cfg, d)
 	if err != nil {
@@ -171,7 +191,7 @@ func (w *world) client(role tlsid.Role, name string) *leaseclient.Conn {
 func (w *world) clientOf(id *tlsid.Source) *leaseclient.Conn {
 	w.t.Helper()
 	c, err := leaseclient.New(leaseclient.Options{
-		Servers: []netip.AddrPort{w.addr}, TLS: id.Client("lease1.example.net"),
+		Servers: []netip.AddrPort{w.addr}, TLS: id.Client("lease1.example.net"), Identity: id,
 		BackoffMin: time.Millisecond, BackoffMax: 50 * time.Millisecond,
 	})
 	if err != nil {

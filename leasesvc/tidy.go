@@ -9,9 +9,9 @@ import (
 
 const (
 	tidyEvery = 5 * time.Second
-	manyNew     = 500 // connections that are worth tidying up after
-	fewNew      = 50  // connections between two looks, when it is quiet
-	shrinks     = 2   // halvings of the stacks that handshakes made large, one with each collection
+	manyNew   = 500 // connections that are worth tidying up after
+	fewNew    = 50  // connections between two looks, when it is quiet
+	shrinks   = 2   // halvings of the stacks that handshakes made large, one with each collection
 )
 
 // tidy gives back to the system what many handshakes left behind: garbage, and stacks. It is as much as what their idle
