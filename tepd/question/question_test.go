@@ -2,9 +2,11 @@ package question
 
 import (
 	"context"
+	"encoding/pem"
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -60,8 +62,13 @@ func free(t *testing.T) netip.AddrPort {
 // serve starts gateway tep2, which is quiet when told so, and returns how to ask it.
 func serve(t *testing.T, ca string, quiet *atomic.Bool) lease.Peer {
 	t.Helper()
+	return serveAs(t, identity(t, ca, "lab", tlsid.RoleTEP, "tep2"), quiet)
+}
+
+func serveAs(t *testing.T, id *tlsid.Source, quiet *atomic.Bool) lease.Peer {
+	t.Helper()
 	to := lease.Peer{TEP: "tep2", Question: free(t)}
-	p := &Peers{ID: identity(t, ca, "lab", tlsid.RoleTEP, "tep2"), Listen: to.Question, Log: slog.New(slog.DiscardHandler)}
+	p := &Peers{ID: id, Listen: to.Question, Log: slog.New(slog.DiscardHandler)}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- p.Serve(ctx, quiet.Load) }()
@@ -123,6 +130,63 @@ func TestStrangers(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			if q, err := ask(t, c.id, c.to); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("answer %t, error %v: want %q", q, err, c.want)
+			}
+		})
+	}
+}
+
+// TestRevoked: a gateway whose certificate is taken back is asked no more and answered no more, on connections that are there
+// as well: its word could keep another one forwarding.
+func TestRevoked(t *testing.T) {
+	for _, c := range []struct{ name, revoked, knows string }{
+		{"the one that is asked", "tep2", "tep1"},
+		{"the one that asks", "tep1", "tep2"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			ca := authority(t)
+			var quiet atomic.Bool
+			quiet.Store(true)
+			ids := map[string]*tlsid.Source{}
+			for _, name := range []string{"tep1", "tep2"} {
+				ids[name] = identity(t, ca, "lab", tlsid.RoleTEP, name)
+			}
+			to := serveAs(t, ids["tep2"], &quiet)
+			p := &Peers{ID: ids["tep1"]}
+			defer p.close()
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			for {
+				if _, err := p.Ask(ctx, to); err == nil {
+					break
+				} else if ctx.Err() != nil {
+					t.Fatal(err)
+				}
+			}
+			leaf, err := ids[c.revoked].Client("x").GetClientCertificate(nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			path, err := pki.Revoke(ca, time.Hour, leaf.Leaf.SerialNumber)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			blk, _ := pem.Decode(b)
+			if err := ids[c.knows].Push(blk.Bytes); err != nil {
+				t.Fatal(err)
+			}
+			for range 3 { // over the old connection, and over a new one
+				q, aerr := p.Ask(ctx, to)
+				if err = aerr; err == nil {
+					t.Fatalf("answer %t", q)
+				}
+				time.Sleep(600 * time.Millisecond)
+			}
+			if !strings.Contains(err.Error(), "is revoked") && !strings.Contains(err.Error(), "bad certificate") {
+				t.Errorf("refused at last with %v", err)
 			}
 		})
 	}
