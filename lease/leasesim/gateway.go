@@ -191,6 +191,7 @@ func (p *process) connect() {
 	w.streams++
 	st.onEnd[up] = func(string) { p.lost(st) }
 	st.onEnd[down] = func(string) {}
+	w.tracef("%s: hello", p.g.name)
 	st.boots = p.g.boots
 	p.st, p.period, p.begun, p.inbox = st, beatFirst, w.now, nil
 	h := p.rep.Hello(p.g.boot())
@@ -205,6 +206,7 @@ func (p *process) lost(st *stream) {
 	if p.g.proc != p || p.st != st {
 		return
 	}
+	p.g.w.tracef("%s: the stream is lost", p.g.name)
 	st.close(up, "lost")
 	p.st = nil
 	if p.g.w.now-p.begun > retryMax {
@@ -255,14 +257,20 @@ func (g *gateway) receive(st *stream, m any) {
 		p.period = time.Duration(r.NextBeatNS)
 		p.beat(st, p.period)
 	}
-	p.silence(st, 3*p.period+firstReply)
 	p.take(st, m)
+	// Without order the first reply may be the one that is lost: then nothing else counts. A connection cannot do that.
+	if p.st == st && (g.w.p.net.ordered || p.rep.Status().Session != 0) {
+		p.silence(st, 3*p.period+firstReply)
+	}
 }
 
 func (p *process) take(st *stream, m any) {
 	g := p.g
 	var out replica.Out
 	var err error
+	if g.w.trace != nil {
+		g.w.tracef("%s takes %T %+v", g.name, m, m)
+	}
 	switch m := m.(type) {
 	case lease.SessionReply:
 		if g.w.bug == "deadline from the receipt" {

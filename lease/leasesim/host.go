@@ -171,7 +171,7 @@ func (h *host) tryBind(call int, c bindCall, left int) {
 			h.w.book.answered(c.op, r.ref, r.renewed, sent+r.valid)
 			h.take(r, c.ev, sent)
 		case refused:
-			h.w.counts.refused++
+			h.w.counts.refused[r.why]++
 			h.unbound(2 * time.Second)
 		}
 	})

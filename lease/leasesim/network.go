@@ -108,7 +108,7 @@ func (st *stream) send(dir int, arrive func()) {
 		}
 	}
 	if !w.p.net.ordered {
-		w.net.datagram(from, to, deliver)
+		st.datagram(dir, deliver)
 		return
 	}
 	st.sent[dir]++
@@ -138,6 +138,23 @@ func (st *stream) send(dir int, arrive func()) {
 		deliver()
 		w.mayCrash(to)
 	})
+}
+
+// datagram is send on a network without order: most messages come one after the other, some do not come, come twice, or
+// are overtaken.
+func (st *stream) datagram(dir int, deliver func()) {
+	w, n := st.w, st.w.net
+	from, to := st.ends[dir], st.ends[1-dir]
+	if w.chance(0.9) && !n.perfect(from, to) {
+		if w.chance(w.p.net.loss) {
+			return
+		}
+		st.last[dir] = max(st.last[dir], w.now+w.p.net.delay)
+		w.after(st.last[dir]-w.now, func() { n.arrive(from, to, deliver) })
+		w.mayCrash(from)
+		return
+	}
+	n.datagram(from, to, deliver)
 }
 
 // broken reports whether what is sent in a direction does not arrive any more.

@@ -85,6 +85,7 @@ func (w *world) start(at node) {
 	w.disk.owner = s
 	w.tracef("%s starts at revision %d, epoch %d, restored %t", s.name(), st.last, s.epoch, w.disk.restored)
 	w.truth.loaded(s)
+	w.truth.begins(s)
 	listen := func() {
 		w.owner = s
 		if w.disk.restored {

@@ -1,6 +1,11 @@
 package leasesim
 
-import "time"
+import (
+	"fmt"
+	"time"
+
+	"github.com/dstm-project/dstm/lease"
+)
 
 // recoverIn is within what time after the last fault everything is well again (I13).
 const recoverIn = time.Minute
@@ -32,7 +37,7 @@ func (w *world) heal() {
 	clear(w.net.cut)
 	w.stalled, w.pathFails = w.now, w.now
 	n := &w.p.net
-	n.loss, n.dup, n.slow = 0, 0, 0
+	n.loss, n.dup, n.slow, n.ordered = 0, 0, 0, true
 	w.p.faults.atMessage = 0
 	if w.late != nil {
 		w.late.stop()
@@ -52,36 +57,35 @@ func (w *world) checkI13() {
 	before := w.counts
 	w.kernel.run(w.now+recoverIn/2, w.truth.look)
 	after := w.counts
-	if failed := after.refused - before.refused - (after.dry - before.dry); failed > 0 && w.p.per64 == 0 {
-		w.fail("I13", "%d of %d binds were refused although addresses were free, %s after the last fault", failed, after.binds-before.binds, recoverIn)
+	for why, n := range after.refused {
+		// A pool may be dry and a host over its quota, fault or not.
+		if r := lease.Reason(why); n > before.refused[why] && r != lease.ReasonPoolDry && r != lease.ReasonQuota {
+			w.fail("I13", "%d of %d binds were refused (%s) later than %s after the last fault", n-before.refused[why], after.binds-before.binds, r, recoverIn)
+		}
 	}
 	// Hosts go on; a moment without changes is needed to compare.
 	for range 200 {
-		if w.equal() {
+		if w.unequal() == "" {
 			return
 		}
 		w.kernel.run(w.now+50*time.Millisecond, w.truth.look)
 	}
-	s := w.owner
-	for _, g := range w.gates {
-		st := g.proc.rep.Status()
-		w.fail("I13", "%s is at revision %d (synced %t, digest %x), the service at %d (%x), long after the last fault",
-			g.name, st.Applied, st.Synced, st.Digest, s.cell.Last(), s.digest())
-	}
+	w.fail("I13", "long after the last fault %s", w.unequal())
 }
 
-// equal reports whether every gateway holds the service's table, and forwards.
-func (w *world) equal() bool {
+// unequal says which gateway does not hold the service's table, or does not forward; "" = none.
+func (w *world) unequal() string {
 	s := w.owner
 	if s == nil || s.recover != nil {
-		return false
+		return fmt.Sprintf("the service does not serve (there: %t)", s != nil)
 	}
 	for _, g := range w.gates {
 		if st := g.proc.rep.Status(); !st.Synced || st.Applied != s.cell.Last() || st.Digest != s.digest() || !g.forwards() {
-			return false
+			return fmt.Sprintf("%s is at revision %d (synced %t, digest %x, forwards %t), the service at %d (%x)",
+				g.name, st.Applied, st.Synced, st.Digest, g.forwards(), s.cell.Last(), s.digest())
 		}
 	}
-	return true
+	return ""
 }
 
 // checkI15: with the hosts gone, every address is free again in time, and nothing is left over.

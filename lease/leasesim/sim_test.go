@@ -1,14 +1,31 @@
 package leasesim
 
 import (
+	"fmt"
+	"os"
+	"strconv"
 	"testing"
 	"time"
 )
 
 func TestOne(t *testing.T) {
-	for seed := range uint64(30) {
+	for seed := range uint64(200) {
 		begun := time.Now()
 		w, err := run(options{seed: seed})
+		if err == nil {
+			continue
+		}
 		t.Logf("seed %d: %d events, %s sim, %s real, %+v, err %v", seed, w.events, w.now, time.Since(begun), w.counts, err)
 	}
+}
+
+func TestTrace(t *testing.T) {
+	n, err := strconv.ParseUint(os.Getenv("DSTM_SEED"), 10, 64)
+	if err != nil {
+		t.Skip()
+	}
+	f, _ := os.Create("/tmp/simtrace.txt")
+	defer f.Close()
+	_, err = run(options{seed: n, trace: func(s string) { fmt.Fprintln(f, s) }})
+	t.Log(err)
 }

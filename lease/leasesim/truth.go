@@ -197,7 +197,7 @@ func (t *truth) record(r lease.Record) {
 // rebuild follows the log of an older copy that took the place of the disk. What clients were told stays told: a lease that
 // a gateway forwards for stays with its tunnel source, for as long as Adopt can know.
 func (t *truth) rebuild(d *disk) {
-	kept := t.w.now + max(t.w.p.timers.Valid, t.w.p.timers.Grace)
+	kept := t.w.now + max(t.w.p.timers.Valid, t.w.grace())
 	for i := range t.slots {
 		sl := &t.slots[i]
 		p := promise{}
@@ -206,7 +206,7 @@ func (t *truth) rebuild(d *disk) {
 				p = promise{until: min(kept, sl.promise.until), source: g.path.entries[i].Host}
 			}
 		}
-		sl.rec, sl.has, sl.promise = lease.Address{}, false, p
+		sl.rec, sl.has, sl.promise, sl.granted = lease.Address{}, false, p, 0
 	}
 	clear(t.hosts)
 	t.digests = t.digests[:1]
@@ -232,7 +232,7 @@ func (t *truth) forwarded(g *gateway, i int) {
 
 func (t *truth) used(i int, b lease.Binding, until time.Duration) {
 	sl := &t.slots[i]
-	host := t.who[b.Gen]
+	host := t.w.machine(t.who[b.Gen])
 	for j := range sl.quiet {
 		if sl.quiet[j].host == host {
 			sl.quiet[j].until = max(sl.quiet[j].until, until)
@@ -285,6 +285,12 @@ func (t *truth) sampleOne() {
 		}
 	}
 	t.samples = append(t.samples, sample{addr: b.Addr, port: port, at: s.now().Wall, gen: b.Gen})
+}
+
+// begins forgets what was looked at after the newest time in the store, if the clock of a service that starts is behind it: the
+// same times come again.
+func (t *truth) begins(s *service) {
+	t.samples = slices.DeleteFunc(t.samples, func(x sample) bool { return x.at.After(s.wall) && s.machineWall().Before(x.at) })
 }
 
 // history returns who may have sent from an address at an instant, as the audit log of the store answers it.

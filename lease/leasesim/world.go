@@ -1,9 +1,12 @@
 package leasesim
 
 import (
+	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
+	"net/netip"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	"github.com/dstm-project/dstm/lease"
@@ -35,9 +38,10 @@ type world struct {
 
 // counts say what a run was worth.
 type counts struct {
-	binds, refused, dry int
-	alone               int // deadlines that a gateway moved without the service
-	crashes             int
+	binds   int
+	refused [16]int // by reason
+	alone   int     // deadlines that a gateway moved without the service
+	crashes int
 }
 
 // options choose a run.
@@ -182,6 +186,26 @@ func (w *world) onUp(st *stream, m any) {
 }
 
 func (w *world) gateAt(n node) *gateway { return w.gates[n-nodeGateway] }
+
+// grace is how long nothing expires after a start.
+func (w *world) grace() time.Duration {
+	return max(w.p.timers.T1Of(w.p.timers.Valid), w.p.timers.Grace)
+}
+
+// machine returns the host behind an identity. Some identities are addresses, and change with them.
+func (w *world) machine(identity string) string {
+	at := strings.IndexAny(identity, ":@")
+	if at < 0 {
+		return identity
+	}
+	a, _, _ := strings.Cut(identity[at+1:], "/")
+	ip, err := netip.ParseAddr(a)
+	if err != nil {
+		panic("leasesim: identity " + identity)
+	}
+	b := ip.As16()
+	return fmt.Sprint("host", binary.BigEndian.Uint32(b[12:])>>8)
+}
 
 // resolve is a resolver that saw a query of a host.
 func (w *world) resolve(h *host) {
