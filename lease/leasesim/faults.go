@@ -207,9 +207,7 @@ func (w *world) reboot(g *gateway) {
 // revokeOne is an operator who ends a lease.
 func (w *world) revokeOne() {
 	if s := w.owner; s != nil {
-		r := w.truth.slots[w.rng.IntN(len(w.truth.slots))].res
-		w.truth.orders[r] = true
-		s.revoke(r)
+		w.truth.ordered(w.rng.IntN(len(w.truth.slots)), s.revoke)
 	}
 }
 

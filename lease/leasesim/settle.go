@@ -37,7 +37,15 @@ func (w *world) heal() {
 	clear(w.net.cut)
 	w.stalled, w.pathFails = w.now, w.now
 	n := &w.p.net
-	n.loss, n.dup, n.slow, n.ordered = 0, 0, 0, true
+	n.loss, n.dup, n.slow = 0, 0, 0
+	if !n.ordered { // what a connection cannot do ends with the connections
+		n.ordered = true
+		for _, g := range w.gates {
+			if g.proc != nil && g.proc.st != nil {
+				g.proc.lost(g.proc.st)
+			}
+		}
+	}
 	w.p.faults.atMessage = 0
 	if w.late != nil {
 		w.late.stop()

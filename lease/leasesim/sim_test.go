@@ -9,7 +9,9 @@ import (
 )
 
 func TestOne(t *testing.T) {
-	for seed := range uint64(200) {
+	from, _ := strconv.Atoi(os.Getenv("FROM"))
+	n, _ := strconv.Atoi(os.Getenv("N"))
+	for seed := uint64(from); seed < uint64(from+n); seed++ {
 		begun := time.Now()
 		w, err := run(options{seed: seed})
 		if err == nil {

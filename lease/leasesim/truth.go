@@ -287,6 +287,15 @@ func (t *truth) sampleOne() {
 	t.samples = append(t.samples, sample{addr: b.Addr, port: port, at: s.now().Wall, gen: b.Gen})
 }
 
+// ordered notes that an operator ends whatever lease there is.
+func (t *truth) ordered(i int, revoke func(lease.Resource)) {
+	t.orders[t.slots[i].res] = true
+	if t.slots[i].promise.source.IsValid() {
+		t.slots[i].promise = promise{}
+	}
+	revoke(t.slots[i].res)
+}
+
 // begins forgets what was looked at after the newest time in the store, if the clock of a service that starts is behind it: the
 // same times come again.
 func (t *truth) begins(s *service) {
