@@ -268,9 +268,12 @@ func (t *truth) applied(g *gateway, p *process, b lease.Binding) {
 // checkI10 is for steady worlds: a gateway that was in session goes on until D after its last answered heartbeat.
 func (t *truth) checkI10() {
 	for _, g := range t.w.gates {
-		if g.on && g.path.deadline > 0 && !g.forwards() && g.boot() <= g.ghost.answered+uint64(t.w.p.static) {
-			t.w.fail("I10", "%s has stopped %s after its last answered heartbeat, all gateways lost the service together", g.name, time.Duration(g.boot()-g.ghost.answered))
+		gh := &g.ghost
+		stopped := g.on && g.path.deadline > 0 && !g.forwards()
+		if stopped && !gh.stopped && g.path.deadline < gh.lasts {
+			t.w.fail("I10", "%s has stopped %s too early, all gateways lost the service together", g.name, time.Duration(gh.lasts-g.path.deadline))
 		}
+		gh.stopped, gh.lasts = stopped, gh.answered+uint64(t.w.p.static)
 	}
 }
 
@@ -282,6 +285,8 @@ type gateGhost struct {
 	others   []lease.Peer // of the last session reply
 	asks     []ask
 	set      uint64 // last deadline of this process
+	stopped  bool   // in a steady world: it does not forward
+	lasts    uint64 // until when it should have gone on
 }
 
 // ask is a question, and who has said that it is quiet there.

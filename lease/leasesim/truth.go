@@ -153,6 +153,9 @@ func (t *truth) commit(c lease.Commit, check bool) {
 	if old.State == lease.Bound && (c.Address.State != lease.Bound || c.Address.Host != old.Host) && t.hosts[old.Host] == i {
 		delete(t.hosts, old.Host)
 	}
+	if sl.promise.source == old.Source && old.State == lease.Bound && (c.Address.End == lease.ReasonIdle || c.Address.End == lease.ReasonMoved) {
+		sl.promise = promise{} // its holder wants no more of it
+	}
 	sl.rec = c.Address
 	sl.newest = max(sl.newest, c.Address.Gen)
 	if c.Address.State == lease.Bound {
@@ -218,6 +221,11 @@ func (t *truth) rebuild(d *disk) {
 		}
 		for _, r := range x.pools {
 			t.record(r)
+		}
+	}
+	for i := range t.slots { // of a lease that the copy knows, it knows how long it was promised then
+		if sl := &t.slots[i]; sl.rec.State == lease.Bound && sl.rec.Source == sl.promise.source {
+			sl.promise.until = min(sl.promise.until, t.w.now+max(t.w.grace(), sl.rec.Valid))
 		}
 	}
 }

@@ -175,6 +175,7 @@ func (w *world) onUp(st *stream, m any) {
 	}
 	if t, ok := m.(table); ok {
 		s.collected(w.gateAt(st.ends[up]).name, t)
+		st.close(down, "say hello once more")
 		return
 	}
 	for i := len(s.sessions) - 1; i >= 0; i-- {
