@@ -349,6 +349,11 @@ func (c *Core) portSet() (int32, bool) {
 	if c.cfg.PSIDLen == 0 || i < 0 {
 		return 0, false
 	}
+	return c.cutUp(i), true
+}
+
+// cutUp cuts a FREE address into its port sets and returns the first.
+func (c *Core) cutUp(i int32) int32 {
 	c.unlink(i)
 	c.entries[i].cut = true
 	c.cut++
@@ -357,7 +362,7 @@ func (c *Core) portSet() (int32, bool) {
 		c.link(first + j)
 	}
 	c.entries[i].free = 1 << c.cfg.PSIDLen
-	return first, true
+	return first
 }
 
 // portSets makes the entries of an address's port sets, once, and returns the first.

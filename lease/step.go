@@ -400,14 +400,20 @@ func (c *Core) tick(now Now) {
 		case Bound:
 			c.end(now, i, ReasonExpired)
 		case Hold:
-			c.pull(i)
-			e.rev = c.cell.NextRev()
-			c.push(Free, i)
-			c.commit(i, Record{Rev: e.rev}, false)
+			c.free(i)
 		case Free, Revoking, Conflict: // have no timer
 			c.clearTimer(i)
 		}
 	}
+}
+
+// free makes an address FREE that was leased.
+func (c *Core) free(i int32) {
+	e := &c.entries[i]
+	c.pull(i)
+	e.rev = c.cell.NextRev()
+	c.push(Free, i)
+	c.commit(i, Record{Rev: e.rev}, false)
 }
 
 // reserve takes the host's last address, or the one free longest, if there is any.
