@@ -102,6 +102,14 @@ type Member struct {
 	Witnesses []string
 }
 
+// Restored returns the record of a member as a store that was restored from a copy must take it. Since the copy was made the
+// gateway may have got longer grants and lists without those that are witnesses here: nobody may speak against it before it
+// has a list again, and its grants may run for failStatic.
+func (m Member) Restored(failStatic time.Duration) Member {
+	m.Witnesses, m.Horizon = nil, max(m.Horizon, failStatic)
+	return m
+}
+
 // TEPStatus is one member as operators see it.
 type TEPStatus struct {
 	Member

@@ -91,8 +91,8 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 		return nil, err
 	}
 	members := st.Members
-	if st.Restored { // any gateway may have joined since the copy was made
-		members = withAll(members, cfg.TEPs)
+	if st.Restored {
+		members = cfg.restored(members)
 	}
 	s.fence = lease.NewFenceSet(cfg.fence(st.Epoch), now.Mono, st.Last, members...)
 	if err := s.commitPools(ctx, now, st.Pools); err != nil {
@@ -181,7 +181,7 @@ func (s *Server) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Actio
 	acts := c.Step(now, ev)
 	s.usage[c].note(now.Mono, c.Stats(), acts)
 	if len(acts.Commits) == 0 {
-		return acts, s.pending
+		return acts, s.promised(acts.Grant)
 	}
 	p := s.d.Store.Commit(store.Tx{Commits: acts.Commits, Wall: now.Wall})
 	s.pending = p
@@ -196,6 +196,15 @@ func (s *Server) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Actio
 	}
 	s.kick()
 	return acts, p
+}
+
+// promised returns what an answer waits for that needs no transaction: a grant for a barrier, because a service that lost its
+// store to a successor must not promise what that one does not know of. The caller holds mu.
+func (s *Server) promised(g *lease.Grant) *store.Pending {
+	if g == nil {
+		return s.pending
+	}
+	return s.d.Store.Commit(store.Tx{})
 }
 
 // kick makes the sweeper look at its timers again.
