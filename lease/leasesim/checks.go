@@ -119,7 +119,7 @@ func (t *truth) checkKept(i int, a *lease.Address) {
 		return
 	}
 	if p.source.IsValid() { // of before a restore
-		if a.State == lease.Bound && a.Source != p.source {
+		if a.State == lease.Bound && t.w.machineAt(a.Source) != t.w.machineAt(p.source) {
 			t.w.fail("I2", "%s is leased to %s, from before the restore it is promised to %s until %s", a.Resource, a.Source, p.source, p.until)
 		}
 		return

@@ -184,10 +184,12 @@ func (s *service) portSets() bool {
 
 // again repeats an answer.
 func (s *service) again(ev lease.Bind, g given) *answer {
-	return &answer{pending: s.pending, at: g.at, grant: &lease.Grant{
+	ans := &answer{at: g.at, grant: &lease.Grant{
 		Ref: g.ref, Host: ev.Host, Source: ev.Source, TEP: s.w.pool(0).TEP, Valid: g.valid, MTU: g.mtu,
 		Renewed: g.renewed, Rev: g.ref.Gen.Rev(),
 	}}
+	ans.pending = s.promised(ans.grant)
+	return ans
 }
 
 func (s *service) renew(c renewCall, reply func(any)) {

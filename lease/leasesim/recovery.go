@@ -1,6 +1,7 @@
 package leasesim
 
 import (
+	"cmp"
 	"slices"
 
 	"github.com/dstm-project/dstm/lease"
@@ -71,14 +72,17 @@ func (s *service) recovered(now lease.Now) bool {
 	for _, b := range r.held {
 		held = append(held, b)
 	}
-	slices.SortFunc(held, func(a, b lease.Binding) int { return a.Resource.Compare(b.Resource) })
+	slices.SortFunc(held, func(a, b lease.Binding) int { return cmp.Compare(b.Gen, a.Gen) })
 	t := tx{wall: now.Wall, recovered: true}
 	for _, b := range held {
-		if c := s.core(b.Resource); c != nil {
+		if c := s.core(lease.Whole(b.Addr)); c != nil {
 			acts := c.Step(now, lease.Adopt{Binding: b})
 			s.w.truth.stepped(s, now, acts)
 			t.commits = append(t.commits, acts.Commits...)
 		}
+	}
+	for _, m := range s.fence.Status(now.Mono) {
+		t.members = append(t.members, m.Member)
 	}
 	s.pending = s.commit(t)
 	s.recover = nil

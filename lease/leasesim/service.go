@@ -80,6 +80,9 @@ func (w *world) start(at node) {
 				members = append(members, lease.Member{TEP: g.name})
 			}
 		}
+		for i := range members {
+			members[i] = members[i].Restored(w.p.static)
+		}
 	}
 	s.fence = lease.NewFenceSet(w.fenceConfig(s.epoch), now.Mono, st.last, members...)
 	w.disk.owner = s
@@ -175,7 +178,7 @@ func (s *service) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Acti
 		s.traceStep(ev, acts)
 	}
 	if len(acts.Commits) == 0 {
-		return acts, s.pending
+		return acts, s.promised(acts.Grant)
 	}
 	p := s.commit(tx{commits: acts.Commits, wall: now.Wall})
 	s.pending = p
@@ -190,6 +193,14 @@ func (s *service) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Acti
 	}
 	s.kick()
 	return acts, p
+}
+
+// promised returns what an answer waits for that needs no transaction.
+func (s *service) promised(g *lease.Grant) *pending {
+	if g == nil || s.w.bug == "renewals without a barrier" {
+		return s.pending
+	}
+	return s.commit(tx{})
 }
 
 func (s *service) traceStep(ev lease.Event, acts lease.Actions) {

@@ -204,7 +204,12 @@ func (w *world) machine(identity string) string {
 	if err != nil {
 		panic("leasesim: identity " + identity)
 	}
-	b := ip.As16()
+	return w.machineAt(ip)
+}
+
+// machineAt returns the host behind a tunnel source.
+func (w *world) machineAt(source netip.Addr) string {
+	b := source.As16()
 	return fmt.Sprint("host", binary.BigEndian.Uint32(b[12:])>>8)
 }
 
