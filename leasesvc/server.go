@@ -181,7 +181,7 @@ func (s *Server) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Actio
 	acts := c.Step(now, ev)
 	s.usage[c].note(now.Mono, c.Stats(), acts)
 	if len(acts.Commits) == 0 {
-		return acts, s.promised(acts.Grant)
+		return acts, s.unwritten(acts.Grant != nil || acts.Deny != lease.ReasonNone)
 	}
 	p := s.d.Store.Commit(store.Tx{Commits: acts.Commits, Wall: now.Wall})
 	s.pending = p
@@ -198,10 +198,11 @@ func (s *Server) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Actio
 	return acts, p
 }
 
-// promised returns what an answer waits for that needs no transaction: a grant for a barrier, because a service that lost its
-// store to a successor must not promise what that one does not know of. The caller holds mu.
-func (s *Server) promised(g *lease.Grant) *store.Pending {
-	if g == nil {
+// unwritten returns what an answer waits for that needs no transaction of its own: if it says something about a lease, a
+// barrier, because a service that lost its store to a successor must not say what that one does not know of. The caller
+// holds mu.
+func (s *Server) unwritten(says bool) *store.Pending {
+	if !says {
 		return s.pending
 	}
 	return s.d.Store.Commit(store.Tx{})

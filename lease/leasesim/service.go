@@ -178,7 +178,7 @@ func (s *service) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Acti
 		s.traceStep(ev, acts)
 	}
 	if len(acts.Commits) == 0 {
-		return acts, s.promised(acts.Grant)
+		return acts, s.unwritten(acts.Grant != nil || acts.Deny != lease.ReasonNone)
 	}
 	p := s.commit(tx{commits: acts.Commits, wall: now.Wall})
 	s.pending = p
@@ -195,9 +195,9 @@ func (s *service) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Acti
 	return acts, p
 }
 
-// promised returns what an answer waits for that needs no transaction.
-func (s *service) promised(g *lease.Grant) *pending {
-	if g == nil || s.w.bug == "renewals without a barrier" {
+// unwritten returns what an answer waits for that needs no transaction of its own.
+func (s *service) unwritten(says bool) *pending {
+	if !says || s.w.bug == "answers without a barrier" {
 		return s.pending
 	}
 	return s.commit(tx{})
