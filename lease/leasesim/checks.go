@@ -265,7 +265,7 @@ func (t *truth) applied(g *gateway, p *process, b lease.Binding) {
 	}
 }
 
-// checkI10 is for steady worlds: a gateway that was in session goes on until D after its last answered heartbeat.
+// checkI10 is for steady worlds: a gateway that was in session goes on until D after the last heartbeat whose answer counted.
 func (t *truth) checkI10() {
 	for _, g := range t.w.gates {
 		gh := &g.ghost
@@ -273,13 +273,14 @@ func (t *truth) checkI10() {
 		if stopped && !gh.stopped && g.path.deadline < gh.lasts {
 			t.w.fail("I10", "%s has stopped %s too early, all gateways lost the service together", g.name, time.Duration(gh.lasts-g.path.deadline))
 		}
-		gh.stopped, gh.lasts = stopped, gh.answered+uint64(t.w.p.static)
+		gh.stopped, gh.lasts = stopped, gh.used+uint64(t.w.p.static)
 	}
 }
 
 // gateGhost is what an onlooker knows of the deadlines of a gateway since it was powered on.
 type gateGhost struct {
 	answered uint64       // newest own send time that the service has answered
+	used     uint64       // newest own send time of which the answer has moved the deadline
 	until    uint64       // latest deadline that a session reply gave
 	grant    uint64       // d
 	others   []lease.Peer // of the last session reply
@@ -336,6 +337,9 @@ func (t *truth) deadline(g *gateway, d uint64, alone bool) {
 		t.w.fail("I7", "the deadline of %s is %s later than a session reply gave", g.name, time.Duration(d-gh.until))
 	}
 	gh.set = d
+	if !alone {
+		gh.used = d - gh.grant
+	}
 }
 
 // alone is I10 for a deadline that moves without the service: the old one still runs, every other gateway of the last list

@@ -113,7 +113,12 @@ func (s *service) bind(c bindCall, reply func(any)) {
 	rev := ans.wait
 	s.await(func() bool { return s.fence.Watermark(s.now().Mono) >= rev }, func(fenced bool) {
 		c.ev.Hurry = !fenced
-		s.answered(s.bindOnce(c), reply)
+		ans := s.bindOnce(c)
+		if ans.wait != 0 { // a gateway has said Hello meanwhile, and the fence went back
+			c.ev.Hurry = true
+			ans = s.bindOnce(c)
+		}
+		s.answered(ans, reply)
 	})
 }
 

@@ -86,6 +86,7 @@ func (s *service) recovered(now lease.Now) bool {
 	}
 	s.pending = s.commit(t)
 	s.recover = nil
+	s.w.truth.collected(r.held)
 	s.w.tracef("%s: the store is complete again, %d held", s.name(), len(held))
 	return true
 }

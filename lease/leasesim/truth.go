@@ -230,6 +230,17 @@ func (t *truth) rebuild(d *disk) {
 	}
 }
 
+// collected forgets promises of before a restore that nobody knows any more: every gateway that had the lease has been
+// powered off since.
+func (t *truth) collected(held map[lease.Resource]lease.Binding) {
+	for i := range t.slots {
+		sl := &t.slots[i]
+		if _, ok := held[sl.res]; !ok && sl.promise.source.IsValid() && (sl.rec.State != lease.Bound || sl.rec.Source != sl.promise.source) {
+			sl.promise = promise{}
+		}
+	}
+}
+
 // forwarded notes that a gateway stops to forward for an entry.
 func (t *truth) forwarded(g *gateway, i int) {
 	if !g.on {
