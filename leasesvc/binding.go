@@ -303,7 +303,7 @@ func (s *Server) again(ev lease.Bind, g given) *answer {
 			Ref: g.ref, Host: ev.Host, Source: ev.Source, TEP: c.Pool().TEP, Valid: g.valid, MTU: g.mtu,
 			Renewed: g.renewed, Rev: g.ref.Gen.Rev(),
 		}
-		ans.pending = s.unwritten(true)
+		ans.pending = s.barrier()
 	}
 	return ans
 }

@@ -181,7 +181,11 @@ func (s *Server) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Actio
 	acts := c.Step(now, ev)
 	s.usage[c].note(now.Mono, c.Stats(), acts)
 	if len(acts.Commits) == 0 {
-		return acts, s.unwritten(acts.Grant != nil || acts.Deny != lease.ReasonNone)
+		switch ev.(type) {
+		case lease.Tick, lease.FenceTo, lease.Reserve: // nobody is answered
+			return acts, s.pending
+		}
+		return acts, s.barrier()
 	}
 	p := s.d.Store.Commit(store.Tx{Commits: acts.Commits, Wall: now.Wall})
 	s.pending = p
@@ -198,15 +202,9 @@ func (s *Server) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Actio
 	return acts, p
 }
 
-// unwritten returns what an answer waits for that needs no transaction of its own: if it says something about a lease, a
-// barrier, because a service that lost its store to a successor must not say what that one does not know of. The caller
-// holds mu.
-func (s *Server) unwritten(says bool) *store.Pending {
-	if !says {
-		return s.pending
-	}
-	return s.d.Store.Commit(store.Tx{})
-}
+// barrier is what an answer waits for that needs no transaction of its own: a service that lost its store to a successor must
+// not speak of leases from memory. The caller holds mu.
+func (s *Server) barrier() *store.Pending { return s.d.Store.Commit(store.Tx{}) }
 
 // kick makes the sweeper look at its timers again.
 func (s *Server) kick() {

@@ -193,7 +193,7 @@ func (s *service) again(ev lease.Bind, g given) *answer {
 		Ref: g.ref, Host: ev.Host, Source: ev.Source, TEP: s.w.pool(0).TEP, Valid: g.valid, MTU: g.mtu,
 		Renewed: g.renewed, Rev: g.ref.Gen.Rev(),
 	}}
-	ans.pending = s.unwritten(true)
+	ans.pending = s.barrier()
 	return ans
 }
 

@@ -178,7 +178,11 @@ func (s *service) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Acti
 		s.traceStep(ev, acts)
 	}
 	if len(acts.Commits) == 0 {
-		return acts, s.unwritten(acts.Grant != nil || acts.Deny != lease.ReasonNone)
+		switch ev.(type) {
+		case lease.Tick, lease.FenceTo, lease.Reserve: // nobody is answered
+			return acts, s.pending
+		}
+		return acts, s.barrier()
 	}
 	p := s.commit(tx{commits: acts.Commits, wall: now.Wall})
 	s.pending = p
@@ -195,9 +199,9 @@ func (s *service) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Acti
 	return acts, p
 }
 
-// unwritten returns what an answer waits for that needs no transaction of its own.
-func (s *service) unwritten(says bool) *pending {
-	if !says || s.w.bug == "answers without a barrier" {
+// barrier is what an answer waits for that needs no transaction of its own.
+func (s *service) barrier() *pending {
+	if s.w.bug == "answers without a barrier" {
 		return s.pending
 	}
 	return s.commit(tx{})
