@@ -77,13 +77,20 @@ soak: ## every fuzz target for a minute
 	hack/fuzz 60s
 
 .PHONY: bench
-bench: bench-lease bench-bgp bench-dns bench-path ## measure everything that docs/performance.md shows
+bench: bench-lease bench-size bench-bgp bench-dns bench-path ## measure everything that docs/performance.md shows
 
 .PHONY: bench-lease
-bench-lease: ## durable leases per second over TLS and bbolt
+bench-lease: ## durable leases per second over TLS, on bbolt and on etcd
 	@mkdir -p bin
-	$(GO) test ./leasesvc -run '^$$' -bench Bind -benchtime 3s -count 6 >bin/bench-lease.txt
+	$(GO) test ./leasesvc -run '^$$' -bench Bind -benchtime 4000x -count 6 >bin/bench-lease.txt
 	$(TOOL) benchstat bin/bench-lease.txt
+
+.PHONY: bench-size
+bench-size: ## restart, memory and a gateway's first table with 10 thousand to a million leases
+	@mkdir -p bin
+	$(GO) test ./lease -run '^$$' -bench Core -benchtime 1x -count 6 >bin/bench-size.txt
+	$(GO) test ./cmd -run '^$$' -bench Restart -benchtime 1x -count 6 >>bin/bench-size.txt
+	$(TOOL) benchstat bin/bench-size.txt
 
 .PHONY: bench-bgp
 bench-bgp: ## announcing and withdrawing leases

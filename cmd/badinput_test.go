@@ -44,12 +44,12 @@ func TestMain(m *testing.M) {
 
 // place is a directory with a certificate authority and configurations that work.
 type place struct {
-	t     *testing.T
+	t     testing.TB
 	dir   string
 	edits int
 }
 
-func newPlace(t *testing.T) *place {
+func newPlace(t testing.TB) *place {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "dstm-bad")
 	if err != nil {

@@ -53,9 +53,33 @@ func newMetrics(r prometheus.Registerer) *metrics {
 	// An alert looks for increases, and a series that begins above 0 has none.
 	m.binds.WithLabelValues(lease.ReasonPoolDry.String())
 	if r != nil {
-		r.MustRegister(m.binds, m.ended, m.hints, m.refused, m.commits, m.addresses, m.attended, m.teps, m.digests)
+		r.MustRegister(m.binds, m.ended, m.hints, m.refused, m.commits, m.digests)
 	}
 	return m
+}
+
+// state are the metrics that say how things are, taken when somebody asks.
+type state struct{ s *Server }
+
+func (c state) parts() []prometheus.Collector {
+	return []prometheus.Collector{c.s.m.addresses, c.s.m.attended, c.s.m.teps}
+}
+
+// Describe implements prometheus.Collector.
+func (c state) Describe(ch chan<- *prometheus.Desc) {
+	for _, p := range c.parts() {
+		p.Describe(ch)
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c state) Collect(ch chan<- prometheus.Metric) {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	c.s.m.observe(c.s.cores, c.s.hosts.attended(), c.s.fence.Status(c.s.now().Mono))
+	for _, p := range c.parts() {
+		p.Collect(ch)
+	}
 }
 
 func (m *metrics) observe(cores []*lease.Core, attended int, teps []lease.TEPStatus) {

@@ -2,6 +2,7 @@ package leasesvc
 
 import (
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
@@ -16,7 +17,8 @@ func TestMetrics(t *testing.T) {
 	m.ended.WithLabelValues("idle").Inc()
 	m.hints.WithLabelValues("ready").Inc()
 	m.refused.WithLabelValues("role").Inc()
-	m.observe(nil, 3, []lease.TEPStatus{{}})
+	s := &Server{m: m, fence: lease.NewFenceSet(lease.FenceConfig{FailStatic: time.Hour}, 0, 0, lease.Member{TEP: "tep1"})}
+	r.MustRegister(state{s})
 	problems, err := testutil.GatherAndLint(r)
 	if err != nil {
 		t.Fatal(err)

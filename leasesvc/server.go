@@ -58,6 +58,8 @@ type Server struct {
 
 	backup sync.Mutex // held while one is sent
 
+	atServing, atAll lease.Rev // what all serving gateways, and all that may forward, hold since the last acknowledgement
+
 	acked *signal       // an acknowledgement moved the fence
 	wake  chan struct{} // the sweeper has to look again
 	fatal chan error
@@ -100,6 +102,9 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	}
 	if st.Restored {
 		s.recover = s.newRecovery()
+	}
+	if d.Registry != nil {
+		d.Registry.MustRegister(state{s})
 	}
 	for _, t := range cfg.labTimes() {
 		d.Log.Warn("timer is shorter than production wants", "timer", t)
@@ -273,7 +278,6 @@ func (s *Server) sweepOnce() time.Duration {
 			w.kick()
 		}
 	}
-	s.m.observe(s.cores, s.hosts.attended(), s.fence.Status(now.Mono))
 	// Steps kick the sweeper; that it looks once more at once is harmless, and it must not be lost.
 	return max(next-now.Mono, time.Millisecond)
 }

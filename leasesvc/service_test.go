@@ -22,9 +22,13 @@ import (
 	"github.com/dstm-project/dstm/leasesvc/leaseclient"
 	"github.com/dstm-project/dstm/leasesvc/store"
 	"github.com/dstm-project/dstm/leasesvc/store/boltstore"
+	"github.com/dstm-project/dstm/leasesvc/store/etcdstore/etcdtest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	etcdtest.Main()
+	goleak.VerifyTestMain(m)
+}
 
 const patience = 20 * time.Second
 
@@ -144,6 +148,7 @@ func (w *world) upWith(d leasesvc.Deps) {
 	for _, task := range tasks {
 		go func() { done <- task.Run(ctx) }()
 	}
+	closing := w.store
 	w.stop = func() {
 		cancel()
 		for range tasks {
@@ -151,7 +156,7 @@ func (w *world) upWith(d leasesvc.Deps) {
 				w.t.Errorf("service: %v", err)
 			}
 		}
-		if err := st.Close(); err != nil {
+		if err := closing.Close(); err != nil {
 			w.t.Error(err)
 		}
 		w.stop = func() {}

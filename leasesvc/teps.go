@@ -322,16 +322,33 @@ func (ss *session) ack(a lease.Ack) error {
 	}
 	err := s.fence.Ack(ss.tep, ss.number, a.Applied)
 	s.resync[ss.tep] = s.resync[ss.tep] || len(a.Nacks) > 0
+	moved := s.fenceMoved()
 	s.mu.Unlock()
 	if err != nil {
 		return err
 	}
-	s.acked.Broadcast()
-	s.kick()
+	if moved {
+		s.acked.Broadcast()
+		s.kick()
+	}
 	if len(a.Nacks) > 0 {
 		return fmt.Errorf("gateway %s refused %d records", ss.tep, len(a.Nacks))
 	}
 	return nil
+}
+
+// fenceMoved reports whether an acknowledgement was the last that somebody waits for: with two gateways every other one
+// is not. The caller holds mu.
+func (s *Server) fenceMoved() bool {
+	now := s.now().Mono
+	installed := lease.MaxRev
+	for _, t := range s.fence.Serving(now) {
+		installed = min(installed, s.fence.Acked(t))
+	}
+	mark := s.fence.Watermark(now)
+	moved := installed != s.atServing || mark != s.atAll
+	s.atServing, s.atAll = installed, mark
+	return moved
 }
 
 func (ss *session) close() {

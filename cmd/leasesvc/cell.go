@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime/debug"
 	"sync"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -107,6 +108,7 @@ func (c *cell) own(ctx context.Context, st store.Store, ready func()) (err error
 	if err != nil {
 		return err
 	}
+	debug.FreeOSMemory() // what the load needed is as much as what is left of it
 	var tasks []daemon.Task
 	if cp := c.cfg.Store.Copies; cp.Every > 0 {
 		copies := &boltstore.Copies{Store: st, Dir: c.cfg.CopiesDir(), Every: cp.Every, Keep: cp.Keep, Log: c.log}

@@ -186,6 +186,7 @@ func state(tx *bbolt.Tx, m *storev1.Meta) (store.State, error) {
 
 // Addresses implements store.Store.
 func (s *Store) Addresses(ctx context.Context, yield func(lease.Address) error) error {
+	defer s.leavePages()
 	return s.db.View(func(tx *bbolt.Tx) error {
 		return tx.Bucket(bucketAddress).ForEach(func(k, v []byte) error {
 			a, err := record.DecodeAddress(k, v)
@@ -197,6 +198,15 @@ func (s *Store) Addresses(ctx context.Context, yield func(lease.Address) error) 
 			}
 			return yield(a)
 		})
+	})
+}
+
+// leavePages gives the pages of the file, of which a check and a load have touched all, back to the page cache: they would
+// count as memory of the process, while what is written is a few of them. It is no harm when that fails.
+func (s *Store) leavePages() {
+	_ = s.db.View(func(tx *bbolt.Tx) error {
+		_, _, _ = unix.Syscall(unix.SYS_MADVISE, s.db.Info().Data, uintptr(tx.Size()), unix.MADV_DONTNEED)
+		return nil
 	})
 }
 
@@ -270,10 +280,14 @@ func (s *Store) flush(group []item) {
 			s.fail(err)
 		}
 	}
-	for _, it := range group {
-		if err == nil {
-			s.ring.Publish(it.last, it.tx.Records())
+	if err == nil { // watchers get what became durable together in one batch
+		var records []lease.Record
+		for _, it := range group {
+			records = append(records, it.tx.Records()...)
 		}
+		s.ring.Publish(group[len(group)-1].last, records)
+	}
+	for _, it := range group {
 		it.complete(err)
 	}
 }

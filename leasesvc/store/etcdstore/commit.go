@@ -105,8 +105,16 @@ func (s *Store) write() {
 			todo = nil
 			continue
 		}
-		for _, it := range todo[:c.items] {
-			s.ring.Publish(it.last, it.tx.Records())
+		done := todo[:c.items]
+		if len(done) == 0 {
+			continue
+		}
+		var records []lease.Record // watchers get what became durable together in one batch
+		for _, it := range done {
+			records = append(records, it.tx.Records()...)
+		}
+		s.ring.Publish(done[len(done)-1].last, records)
+		for _, it := range done {
 			it.complete(nil)
 		}
 		todo = todo[c.items:]

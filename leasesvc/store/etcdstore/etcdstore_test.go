@@ -48,7 +48,7 @@ func testMain(m *testing.M) int {
 	return code
 }
 
-const patience = 20 * time.Second
+const patience = time.Minute
 
 // options returns those of a new cell on a cluster.
 func options(t testing.TB, c *etcdtest.Cluster) Options {

@@ -116,7 +116,7 @@ func TestUnknownOutcome(t *testing.T) {
 		return faults[name](c)
 	}
 	owner := run(t, b, open(t, w.on(o)), 32)
-	waitFor(t, b, 1000)
+	waitFor(t, b, 300)
 	owner.ended(t, nil)
 	w.late.Wait()
 	b.settled(t, shared, o)
