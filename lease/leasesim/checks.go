@@ -228,6 +228,10 @@ func (t *truth) fenced(s *service) {
 		return
 	}
 	for _, st := range s.fence.Status(t.w.now - s.begun) {
+		if st.Fenced == "witness" && s.fencedBy[st.TEP] != st.Fenced {
+			t.w.counts.witnessed++
+		}
+		s.fencedBy[st.TEP] = st.Fenced
 		g := t.w.gate(st.TEP)
 		if st.Fenced == "" || !g.forwards() {
 			continue

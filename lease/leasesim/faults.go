@@ -44,7 +44,6 @@ func (w *world) crashNow(n node) {
 }
 
 func (w *world) crash(n node) {
-	w.counts.crashes++
 	switch {
 	case n < nodeGateway:
 		if s := w.serviceAt(n); s != nil && s == w.owner {
@@ -89,6 +88,7 @@ func (w *world) takeOver() {
 	if w.late != nil {
 		w.late.stop()
 	}
+	w.counts.takeovers++
 	w.tracef("%s loses the store", old.name())
 	old.tear()
 	w.late = old
@@ -119,6 +119,7 @@ func (w *world) restore() {
 	if w.late != nil {
 		w.late.stop()
 	}
+	w.counts.restores++
 	epoch := w.disk.epoch + 1
 	w.disk = w.copy.copy()
 	w.disk.epoch, w.disk.restored = epoch, true
@@ -129,6 +130,7 @@ func (w *world) restore() {
 
 // part cuts a pair of nodes for a while, one way or both.
 func (w *world) part(a, b node, forth, back bool, d time.Duration) {
+	w.counts.parted++
 	if forth {
 		w.net.part(a, b, true)
 	}
@@ -200,6 +202,7 @@ func (w *world) reboot(g *gateway) {
 	if !g.on {
 		return
 	}
+	w.counts.reboots++
 	g.powerOff()
 	w.after(w.down(), g.powerOn)
 }

@@ -166,13 +166,13 @@ func (h *host) tryBind(call int, c bindCall, left int) {
 				h.tryBind(call, c, left-1)
 				return
 			}
-			h.unbound(2 * time.Second)
+			h.unbound(6 * time.Second)
 		case granted:
 			h.w.book.answered(c.op, r.ref, r.renewed, sent+r.valid)
 			h.take(r, c.ev, sent)
 		case refused:
 			h.w.counts.refused[r.why]++
-			h.unbound(2 * time.Second)
+			h.unbound(6 * time.Second)
 		}
 	})
 }

@@ -3,6 +3,7 @@ package leasesim
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/dstm-project/dstm/lease"
@@ -35,6 +36,13 @@ func (p *process) goOn() {
 	}
 	for _, o := range q.Others {
 		p.ask(o, q.Sent, every)
+	}
+	if q.Sent != 0 && g.w.chance(g.w.p.faults.stray) { // a gateway that is not asked answers, too
+		for _, o := range g.w.gates {
+			if o != g && !slices.ContainsFunc(q.Others, func(x lease.Peer) bool { return x.TEP == o.name }) {
+				p.ask(lease.Peer{TEP: o.name}, q.Sent, every)
+			}
+		}
 	}
 	p.after(every, p.goOn)
 }

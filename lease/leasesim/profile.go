@@ -67,6 +67,7 @@ type faultProfile struct {
 	order     time.Duration // an operator vouches for a gateway that is off
 	foreign   time.Duration // a gateway reaches the service of another cell
 	hint      time.Duration // for a host that may not want one
+	stray     float64       // share of questions that a gateway answers that was not asked
 	atMessage float64       // crash of sender or receiver at a message
 	down      time.Duration // how long faults last
 }
@@ -155,7 +156,7 @@ func drawFaults(k *kernel) faultProfile {
 		kill: k.maybe(0.4, 10*s, 90*s), reboot: k.maybe(0.4, 15*s, 120*s), path: k.maybe(0.2, 10*s, 60*s),
 		stall: k.maybe(0.3, 5*s, 60*s), revoke: k.maybe(0.3, 3*s, 30*s), order: k.maybe(0.4, 5*s, 30*s),
 		foreign: k.maybe(0.2, 10*s, 60*s), hint: k.maybe(0.5, 300*time.Millisecond, 5*s),
-		down: k.between(500*time.Millisecond, 30*s),
+		down: k.between(500*time.Millisecond, 30*s), stray: 0.3 * k.rng.Float64(),
 	}
 	if k.chance(0.4) {
 		f.atMessage = 0.0005 * k.rng.Float64()

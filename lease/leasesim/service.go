@@ -21,20 +21,22 @@ type service struct {
 	queue, writing []*pending
 	pending        *pending // of the newest transaction
 
-	wall     time.Time
-	epoch    lease.Epoch
-	cell     *lease.Cell
-	cores    []*lease.Core
-	fence    *lease.FenceSet
-	answers  *lease.Answers[given]
-	resync   map[string]bool
-	caps     map[string]bool // gateways that can forward for port sets
-	recover  *recovery
-	ringBase lease.Rev // older records are not kept for watchers
-	sessions []*session
-	acked    []func() // who waits for the fence to move
-	sweeping time.Duration
-	kicked   bool
+	wall             time.Time
+	epoch            lease.Epoch
+	cell             *lease.Cell
+	cores            []*lease.Core
+	fence            *lease.FenceSet
+	answers          *lease.Answers[given]
+	resync           map[string]bool
+	caps             map[string]bool // gateways that can forward for port sets
+	recover          *recovery
+	ringBase         lease.Rev // older records are not kept for watchers
+	sessions         []*session
+	acked            []func()  // who waits for the fence to move
+	atServing, atAll lease.Rev // what all serving gateways, and all that may forward, hold since the last acknowledgement
+	sweeping         time.Duration
+	kicked           bool
+	fencedBy         map[string]string // gateway → why it counted as fenced when it was looked at last
 }
 
 // given is what is remembered of a Bind that was answered.
@@ -63,10 +65,11 @@ func (s *service) soon(do func()) { s.after(time.Duration(s.w.rng.IntN(50))*time
 // start loads a service from the disk, as leasesvc.New.
 func (w *world) start(at node) {
 	w.services++
+	w.counts.starts++
 	s := &service{
 		w: w, id: w.services, node: at, begun: w.now, skew: w.wallSkew(), epoch: w.disk.epoch, sweeping: -1,
 		answers: lease.NewAnswers[given](2 * w.p.timers.MaxValid), pending: &pending{done: true},
-		resync: map[string]bool{}, caps: map[string]bool{},
+		resync: map[string]bool{}, caps: map[string]bool{}, fencedBy: map[string]string{},
 	}
 	st := w.disk.load()
 	s.wall, s.ringBase = st.wall, st.last
@@ -121,12 +124,11 @@ func (w *world) wallSkew() time.Duration {
 
 func (s *service) loadCores(now lease.Now, st state) {
 	var loaders []*lease.Loader
-	for i, p := range s.w.p.pools {
+	for i := range s.w.p.pools {
 		l, err := lease.NewLoader(lease.Config{Pool: s.w.pool(i), PSIDLen: s.w.p.psidLen, Timers: s.w.p.timers}, s.cell)
 		if err != nil {
 			panic(err)
 		}
-		_ = p
 		loaders = append(loaders, l)
 	}
 	for _, a := range st.addresses {
@@ -208,12 +210,11 @@ func (s *service) barrier() *pending {
 }
 
 func (s *service) traceStep(ev lease.Event, acts lease.Actions) {
-	if _, tick := ev.(lease.Tick); tick && len(acts.Commits) == 0 {
-		return
-	}
-	if f, fence := ev.(lease.FenceTo); fence && len(acts.Commits) == 0 {
-		_ = f
-		return
+	switch ev.(type) {
+	case lease.Tick, lease.FenceTo:
+		if len(acts.Commits) == 0 {
+			return
+		}
 	}
 	s.w.tracef("%s %T%+v: deny %s wait %d", s.name(), ev, ev, acts.Deny, acts.Wait)
 	for _, c := range acts.Commits {

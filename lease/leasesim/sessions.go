@@ -69,6 +69,9 @@ func (ss *session) open(h lease.Hello) {
 	if !resume {
 		table, ss.cursor = s.table(), s.cell.Last()
 	}
+	if s.w.bug == "table before it is durable" {
+		upto = &pending{done: true}
+	}
 	upto.wait(s, func(err error) {
 		if err != nil || ss.over {
 			return
@@ -272,15 +275,31 @@ func (ss *session) ack(a lease.Ack) {
 	}
 	err := s.fence.Ack(ss.tep, ss.number, a.Applied)
 	s.resync[ss.tep] = s.resync[ss.tep] || len(a.Nacks) > 0
+	moved := s.fenceMoved()
 	if err != nil {
 		ss.end(err.Error())
 		return
 	}
-	s.moved()
-	s.kick()
+	if moved {
+		s.moved()
+		s.kick()
+	}
 	if len(a.Nacks) > 0 {
 		ss.end("refused records")
 	}
+}
+
+// fenceMoved reports whether an acknowledgement was the last that somebody waits for.
+func (s *service) fenceMoved() bool {
+	now := s.now().Mono
+	installed := lease.MaxRev
+	for _, t := range s.fence.Serving(now) {
+		installed = min(installed, s.fence.Acked(t))
+	}
+	mark := s.fence.Watermark(now)
+	moved := installed != s.atServing || mark != s.atAll
+	s.atServing, s.atAll = installed, mark
+	return moved
 }
 
 // end closes the stream from this side.

@@ -156,6 +156,9 @@ func (t *truth) commit(c lease.Commit, check bool) {
 	if sl.promise.source == old.Source && old.State == lease.Bound && (c.Address.End == lease.ReasonIdle || c.Address.End == lease.ReasonMoved) {
 		sl.promise = promise{} // its holder wants no more of it
 	}
+	if check && c.Address.State == lease.Bound && old.State != lease.Bound && old.Host != "" && old.Host != c.Address.Host {
+		t.w.counts.reused++
+	}
 	sl.rec = c.Address
 	sl.newest = max(sl.newest, c.Address.Gen)
 	if c.Address.State == lease.Bound {

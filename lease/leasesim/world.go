@@ -38,10 +38,16 @@ type world struct {
 
 // counts say what a run was worth.
 type counts struct {
-	binds   int
-	refused [16]int // by reason
-	alone   int     // deadlines that a gateway moved without the service
-	crashes int
+	binds     int
+	refused   [16]int // by reason
+	reused    int     // leases of an address that another host had before
+	alone     int     // deadlines that a gateway moved without the service
+	witnessed int     // times that a gateway was fenced by a witness
+	starts    int     // of a service
+	takeovers int
+	restores  int
+	reboots   int
+	parted    int // partitions
 }
 
 // options choose a run.
