@@ -77,7 +77,7 @@ func (a hostsAPI) Bind(ctx context.Context, m *leasev1.BindRequest) (*leasev1.Le
 	if ans.wait != 0 {
 		// The host comes back to its address, or takes it along: once no gateway forwards for the lease before.
 		ev.Hurry = !a.s.awaitFence(ctx, ans.wait)
-		if ans = a.s.bind(ctx, id, ev, true); ans.wait != 0 { // a gateway has said Hello meanwhile, and the fence went back
+		if ans = a.s.bind(ctx, id, ev, true); ans.wait != 0 { // another Bind of this host came in between, or the fence went back
 			ev.Hurry = true
 			ans = a.s.bind(ctx, id, ev, true)
 		}

@@ -194,6 +194,11 @@ func (t *truth) promised(s *service, g *lease.Grant, at time.Duration) {
 	if live && t.w.now+max(t.w.grace(), sl.rec.Valid) < until {
 		t.w.fail("I2", "%s@%s is promised until %s, after a crash it would end at %s", g.Resource, g.Gen, until, t.w.now+max(t.w.grace(), sl.rec.Valid))
 	}
+	if o := t.w.disk.owner; live && o != nil && !o.dead {
+		if in, _ := o.core(g.Resource).Lookup(t.w.now-o.begun, g.Resource); in.State == lease.Bound && in.Gen == g.Gen && t.w.now+in.Left < until {
+			t.w.fail("I2", "%s promises %s@%s until %s, %s will end it at %s", s.name(), g.Resource, g.Gen, until, o.name(), t.w.now+in.Left)
+		}
+	}
 	sl.granted = max(sl.granted, g.Gen)
 	if live && (sl.promise.gen != g.Gen || sl.promise.until < until) {
 		sl.promise = promise{gen: g.Gen, until: until}

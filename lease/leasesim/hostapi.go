@@ -114,7 +114,7 @@ func (s *service) bind(c bindCall, reply func(any)) {
 	s.await(func() bool { return s.fence.Watermark(s.now().Mono) >= rev }, func(fenced bool) {
 		c.ev.Hurry = !fenced
 		ans := s.bindOnce(c)
-		if ans.wait != 0 && s.w.bug != "no second try" { // a gateway has said Hello meanwhile, and the fence went back
+		if ans.wait != 0 && s.w.bug != "no second try" { // another Bind of this host came in between, or the fence went back
 			c.ev.Hurry = true
 			ans = s.bindOnce(c)
 		}

@@ -50,6 +50,9 @@ func (q *queue) pop() event {
 	return top
 }
 
+// newRand returns the source of all choices of a seed.
+func newRand(seed uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, 0x6473746d)) }
+
 // failure is the first breach of an invariant that a run found.
 type failure struct {
 	check string // its name, as in the table of docs/design/simulation.md

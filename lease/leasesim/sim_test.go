@@ -13,10 +13,20 @@ import (
 )
 
 const (
-	normalSeeds = 200
-	soakSeeds   = 20_000
-	tail        = 60 // lines of the trace that a failure shows
+	normalSeeds  = 200
+	soakSeeds    = 15_000
+	specialSeeds = 6   // of each special world
+	soakSpecial  = 500 // the same in a soak
+	tail         = 60  // lines of the trace that a failure shows
 )
+
+// seeds returns how many worlds a test runs.
+func seeds(normal, soak uint64) uint64 {
+	if os.Getenv("DSTM_SOAK") == "1" {
+		return soak
+	}
+	return normal
+}
 
 // TestSeeds runs one world for each seed and looks for breaches. DSTM_SOAK=1 runs many more; DSTM_SEED=n runs one and, with
 // -v, shows everything that happens in it.
@@ -36,13 +46,10 @@ func TestSeeds(t *testing.T) {
 		}
 		return
 	}
-	seeds := uint64(normalSeeds)
-	if os.Getenv("DSTM_SOAK") == "1" {
-		seeds = soakSeeds
-	}
+	all := seeds(normalSeeds, soakSeeds)
 	var sum counts
 	var mu sync.Mutex
-	eachSeed(seeds, func(seed uint64) bool {
+	eachSeed(all, func(seed uint64) bool {
 		w, err := run(options{seed: seed})
 		mu.Lock()
 		defer mu.Unlock()
@@ -52,8 +59,8 @@ func TestSeeds(t *testing.T) {
 		}
 		return err == nil
 	})
-	t.Logf("%d seeds: %+v", seeds, sum)
-	n := int(seeds)
+	t.Logf("%d seeds: %+v", all, sum)
+	n := int(all)
 	for _, least := range []struct {
 		what      string
 		got, want int

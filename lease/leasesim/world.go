@@ -3,7 +3,6 @@ package leasesim
 import (
 	"encoding/binary"
 	"fmt"
-	"math/rand/v2"
 	"net/netip"
 	"runtime/debug"
 	"strings"
@@ -61,7 +60,7 @@ type options struct {
 
 // newWorld builds a world in which everything is up.
 func newWorld(o options) *world {
-	w := &world{seed: o.seed, bug: o.bug, kernel: kernel{rng: rand.New(rand.NewPCG(o.seed, 0x647374)), only: o.only, trace: o.trace}}
+	w := &world{seed: o.seed, bug: o.bug, kernel: kernel{rng: newRand(o.seed), only: o.only, trace: o.trace}}
 	w.p = drawProfile(&w.kernel)
 	if o.adapt != nil {
 		o.adapt(&w.p)
