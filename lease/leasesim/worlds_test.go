@@ -57,11 +57,11 @@ func revoking(p *profile) {
 	p.faults = faultProfile{revoke: 500 * time.Millisecond}
 }
 
-// restless worlds have hosts that move, and calls that come twice.
+// restless worlds have hosts that move, calls that come twice, and gateways that take their time.
 func restless(p *profile) {
-	p.steady = false
+	p.steady, p.length = false, time.Minute
 	p.host.move, p.host.use, p.host.think, p.host.die = 1, 5*time.Second, 5*time.Second, 0
-	p.net.dup, p.net.slowBy = 0.3, 100*time.Millisecond
+	p.net.dup, p.net.slowBy, p.net.jitter = 0.3, 3*time.Second, 80*time.Millisecond
 	p.pools = []netip.Prefix{netip.MustParsePrefix("198.51.100.0/25")}
 	p.faults = faultProfile{}
 }
