@@ -150,10 +150,10 @@ func (h *host) bind() {
 
 // wish is the validity that a host asks for; 0 = whatever is usual.
 func (h *host) wish() time.Duration {
-	if h.w.chance(0.5) {
-		return 0
+	if h.w.chance(h.w.p.host.wish) {
+		return h.w.between(time.Second, 80*time.Second)
 	}
-	return h.w.between(time.Second, 80*time.Second)
+	return 0
 }
 
 func (h *host) tryBind(call int, c bindCall, left int) {

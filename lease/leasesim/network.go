@@ -15,24 +15,21 @@ const (
 // network carries messages. A pair of nodes may be cut, in one direction or both.
 type network struct {
 	w   *world
-	n   int
-	cut []uint8 // partitions that forbid from → to, at from*n+to
+	cut map[[2]node]int // partitions that forbid from → to
 }
 
-func newNetwork(w *world, nodes int) *network {
-	return &network{w: w, n: nodes, cut: make([]uint8, nodes*nodes)}
-}
-
-func (n *network) open(from, to node) bool { return n.cut[int(from)*n.n+int(to)] == 0 }
+func (n *network) open(from, to node) bool { return len(n.cut) == 0 || n.cut[[2]node{from, to}] == 0 }
 
 // part adds a partition of one direction, or takes it away.
 func (n *network) part(from, to node, on bool) {
-	c := &n.cut[int(from)*n.n+int(to)]
+	way := [2]node{from, to}
 	switch {
 	case on:
-		*c++
-	case *c > 0: // else it has healed meanwhile
-		*c--
+		n.cut[way]++
+	case n.cut[way] > 1:
+		n.cut[way]--
+	default: // or it has healed meanwhile
+		delete(n.cut, way)
 	}
 }
 

@@ -45,6 +45,7 @@ type hostProfile struct {
 	think, use time.Duration
 	die        float64 // share of uses that end without a word
 	move       float64 // share of uses in which the tunnel source changes
+	wish       float64 // share of calls that ask for a validity of their own
 	hint       float64 // share of binds that begin with a hint
 	portSet    float64 // share of hosts that accept a port set
 	byAddress  float64 // share of hosts that are known by their address
@@ -139,7 +140,7 @@ func drawNet(k *kernel) netProfile {
 func drawHosts(k *kernel) hostProfile {
 	h := hostProfile{
 		think: k.between(10*time.Second, 60*time.Second), use: k.between(5*time.Second, 40*time.Second),
-		die: 0.3 * k.rng.Float64(), move: 0.3 * k.rng.Float64(), hint: 0.3, portSet: k.rng.Float64(),
+		die: 0.3 * k.rng.Float64(), move: 0.3 * k.rng.Float64(), wish: 0.5, hint: 0.3, portSet: k.rng.Float64(),
 		apply: k.between(100*time.Microsecond, 3*time.Millisecond),
 	}
 	if k.chance(0.3) {

@@ -65,7 +65,7 @@ func newWorld(o options) *world {
 	if o.adapt != nil {
 		o.adapt(&w.p)
 	}
-	w.net = newNetwork(w, int(nodeGateway)+w.p.gateways+w.p.hosts)
+	w.net = &network{w: w, cut: map[[2]node]int{}}
 	w.truth, w.book = newTruth(w), newBook(w)
 	w.disk = &disk{w: w, cluster: lease.ClusterID{1}, epoch: 1}
 	for i := range w.p.gateways {
