@@ -177,7 +177,7 @@ func (t *truth) checkFenced(i int, a lease.Address) {
 // that is restored does not know of leases that began and ended after it was made, so their hold-down is not kept.
 func (t *truth) checkI6(i int, a lease.Address) {
 	last, whose := t.lastOther(i, t.w.machine(a.Host))
-	if last > t.restore && last+t.w.p.timers.HoldDown > t.w.now+time.Microsecond {
+	if last >= 0 && last+t.w.p.timers.HoldDown > t.w.now+time.Microsecond {
 		t.w.fail("I6", "%s goes to %s, a gateway forwarded it for %s until %s", a.Resource, a.Host, whose, last)
 	}
 }

@@ -37,7 +37,7 @@ func (w *world) heal() {
 	clear(w.net.cut)
 	w.stalled, w.pathFails = w.now, w.now
 	n := &w.p.net
-	n.loss, n.dup, n.slow = 0, 0, 0
+	n.loss, n.dup, n.slow, n.jitter = 0, 0, 0, time.Millisecond
 	if !n.ordered { // what a connection cannot do ends with the connections
 		n.ordered = true
 		for _, g := range w.gates {

@@ -37,7 +37,8 @@ type slot struct {
 	has     bool // a gateway's table at the newest revision has the entry
 	entry   lease.Binding
 	quiet   []lastUse
-	overlap []int // other slots with ports of this one
+	copied  lease.Gen // what a copy that was restored knows
+	overlap []int     // other slots with ports of this one
 }
 
 // promise is what the holder was told last.
@@ -47,9 +48,9 @@ type promise struct {
 	source netip.Addr // of a lease from before a restore; whoever comes from there keeps the address
 }
 
-// lastUse says until when a gateway forwarded for a host.
+// lastUse says until when a gateway forwarded by a generation.
 type lastUse struct {
-	host  string
+	gen   lease.Gen
 	until time.Duration
 }
 
@@ -227,7 +228,9 @@ func (t *truth) rebuild(d *disk) {
 		}
 	}
 	for i := range t.slots { // of a lease that the copy knows, it knows how long it was promised then
-		if sl := &t.slots[i]; sl.rec.State == lease.Bound && sl.rec.Source == sl.promise.source {
+		sl := &t.slots[i]
+		sl.copied = sl.rec.Gen
+		if sl.rec.State == lease.Bound && sl.rec.Source == sl.promise.source {
 			sl.promise.until = min(sl.promise.until, t.w.now+max(t.w.grace(), sl.rec.Valid))
 		}
 	}
@@ -249,35 +252,38 @@ func (t *truth) forwarded(g *gateway, i int) {
 	if !g.on {
 		return
 	}
-	t.used(i, g.path.entries[i], min(t.w.now, g.realTime(g.path.deadline)))
+	t.used(i, g.path.entries[i].Gen, min(t.w.now, g.realTime(g.path.deadline)))
 }
 
-func (t *truth) used(i int, b lease.Binding, until time.Duration) {
+func (t *truth) used(i int, gen lease.Gen, until time.Duration) {
 	sl := &t.slots[i]
-	host := t.w.machine(t.who[b.Gen])
 	for j := range sl.quiet {
-		if sl.quiet[j].host == host {
+		if sl.quiet[j].gen == gen {
 			sl.quiet[j].until = max(sl.quiet[j].until, until)
 			return
 		}
 	}
-	sl.quiet = append(sl.quiet, lastUse{host, until})
+	sl.quiet = append(sl.quiet, lastUse{gen, until})
 }
 
-// lastOther returns until when a gateway forwarded for another host than this one, at a slot or one that overlaps.
+// lastOther returns until when a gateway forwarded for another host than this one, at a slot or one that overlaps. Of before
+// a restore only leases count that the copy knows.
 func (t *truth) lastOther(i int, host string) (time.Duration, string) {
 	last, whose := time.Duration(-1), ""
 	for _, j := range append([]int{i}, t.slots[i].overlap...) {
 		for _, g := range t.w.gates {
 			if g.on && g.path.has[j] {
-				t.used(j, g.path.entries[j], min(t.w.now, g.realTime(g.path.deadline)))
+				t.used(j, g.path.entries[j].Gen, min(t.w.now, g.realTime(g.path.deadline)))
 			}
 		}
-		for _, u := range t.slots[j].quiet {
-			if u.host != host && u.until > last {
-				last, whose = u.until, u.host
+		sl := &t.slots[j]
+		for _, u := range sl.quiet {
+			known := t.restore < 0 || u.gen.Epoch() == t.w.disk.epoch || u.gen == sl.copied
+			if h := t.w.machine(t.who[u.gen]); known && h != host && u.until > last {
+				last, whose = u.until, h
 			}
 		}
+		sl.quiet = slices.DeleteFunc(sl.quiet, func(u lastUse) bool { return u.until+t.w.p.timers.HoldDown < t.w.now })
 	}
 	return last, whose
 }
