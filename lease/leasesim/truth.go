@@ -24,7 +24,6 @@ type truth struct {
 	sources map[string]netip.Addr   // of binds, by identity
 	moves   map[string]bool         // identities that have used more than one source
 	restore time.Duration           // when an older copy was put in place; -1 = never
-	heals   time.Duration           // when the faults end
 }
 
 // slot is one resource: an address, or a port set of it.
