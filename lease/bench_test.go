@@ -64,3 +64,20 @@ func BenchmarkCore(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkLife is one life of an address: bind, release, fence, free.
+func BenchmarkLife(b *testing.B) {
+	cfg := config("198.51.100.0/24")
+	c, err := lease.NewCore(cfg, lease.NewCell(1, 0, 0), at(0), nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	now := time.Duration(0)
+	for b.Loop() {
+		g := c.Step(at(now), lease.Bind{Host: "a", Source: srcA}).Grant
+		c.Step(at(now), lease.Release{Host: "a", Ref: g.Ref})
+		c.Step(at(now), lease.FenceTo{Rev: lease.MaxRev})
+		now += cfg.Timers.HoldDown
+		c.Step(at(now), lease.Tick{})
+	}
+}

@@ -36,7 +36,6 @@ type FenceSet struct {
 	head  Rev
 	due   Rev    // the newest revision that was published MaxLag ago or earlier
 	marks []mark // publication times of later revisions, oldest first
-	rules fenceRules
 }
 
 type member struct {
@@ -68,21 +67,6 @@ const (
 	byOrder              // an operator vouches that it is off
 )
 
-// fenceRules are the conditions on a witness that the property tests weaken one at a time.
-type fenceRules struct {
-	member     func(t *member, w string) bool
-	echo       func(at uint64, silent time.Duration) bool
-	continuous func(session, horizon time.Duration) bool
-}
-
-func defaultFenceRules() fenceRules {
-	return fenceRules{
-		member:     func(t *member, w string) bool { return slices.Contains(t.Witnesses, w) },
-		echo:       func(at uint64, silent time.Duration) bool { return at-1 > uint64(silent) },
-		continuous: func(session, horizon time.Duration) bool { return session > horizon },
-	}
-}
-
 type mark struct {
 	rev Rev
 	at  time.Duration
@@ -100,6 +84,17 @@ type Member struct {
 	// Witnesses are the gateways, sorted, that may witness against this one: those in every list of others that it may
 	// act on (F9).
 	Witnesses []string
+}
+
+// Restored returns the record of a member as a store that was restored from a copy must take it. Since the copy was made the
+// gateway may have got longer grants and lists without those that are witnesses here: nobody may speak against it before it
+// has a list again, and its grants may run for failStatic.
+func (m Member) Restored(failStatic time.Duration) Member {
+	if seeded("witnesses of a copy") {
+		return m
+	}
+	m.Witnesses, m.Horizon = nil, max(m.Horizon, failStatic)
+	return m
 }
 
 // TEPStatus is one member as operators see it.
@@ -125,9 +120,13 @@ func NewFenceSet(cfg FenceConfig, now time.Duration, head Rev, members ...Member
 	if cfg.Session == 0 || cfg.Session > cfg.FailStatic {
 		cfg.Session = cfg.FailStatic
 	}
-	f := &FenceSet{cfg: cfg, teps: map[string]*member{}, head: head, due: head, rules: defaultFenceRules()}
+	f := &FenceSet{cfg: cfg, teps: map[string]*member{}, head: head, due: head}
 	for _, m := range members {
 		granted := now + f.horizon(max(m.Horizon, cfg.Session))
+		if seeded("deadlines forgotten at the start") {
+			f.teps[m.TEP] = &member{Member: m}
+			continue
+		}
 		f.teps[m.TEP] = &member{
 			Member: m, deadline: now + f.horizon(max(m.Horizon, cfg.FailStatic)), silent: granted, long: granted,
 		}
@@ -190,7 +189,9 @@ func (f *FenceSet) Grant(now time.Duration, tep string, session uint64, last Rev
 	}
 	before := m.Horizon
 	grant := f.grantable(now, m)
-	m.fenced = notFenced
+	if !seeded("fenced for ever") {
+		m.fenced = notFenced
+	}
 	m.deadline = max(m.deadline, now+f.horizon(f.cfg.FailStatic))
 	m.silent = max(m.silent, now+f.horizon(grant))
 	if grant == m.Horizon {
@@ -274,7 +275,13 @@ func (f *FenceSet) witness(t, w *member, continuous time.Duration) {
 	if t == w || t.fenced != notFenced || w.echo == 0 {
 		return
 	}
-	if f.rules.member(t, w.TEP) && f.rules.echo(w.echo, t.silent) && f.rules.continuous(continuous, f.horizon(t.Horizon)) {
+	horizon := f.horizon(t.Horizon)
+	if seeded("witness without a margin") {
+		horizon = t.Horizon
+	}
+	asked := slices.Contains(t.Witnesses, w.TEP) || seeded("any witness")
+	heard := w.echo-1 > uint64(t.silent) || seeded("witness that heard nothing since")
+	if asked && heard && (continuous > horizon || seeded("witness of a short session")) {
 		t.fenced = byWitness
 	}
 }

@@ -195,6 +195,24 @@ func TestWitness(t *testing.T) {
 			}
 		}
 	})
+	t.Run("after a restore", func(t *testing.T) {
+		// Since the copy was made t may have been told to ask nobody.
+		known := lease.Member{TEP: "t", Session: 1, Horizon: d, Question: q, Witnesses: []string{"w"}}
+		f := lease.NewFenceSet(lease.FenceConfig{FailStatic: D, Session: d, Epoch: 2}, 0, 10, known.Restored(D), lease.Member{TEP: "w", Question: q}.Restored(D))
+		session := f.Hello(0, "w", "i", q).Session
+		for at := time.Duration(0); at < 10*d; at += d {
+			g, err := f.Grant(at, "w", session, 10)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := f.Beat("w", lease.Heartbeat{Session: session, EchoServiceNS: g.ServiceNS, ContinuousNS: uint64(at)}); err != nil {
+				t.Fatal(err)
+			}
+			if got := f.Waiting(at, 10); len(got) != 2 {
+				t.Fatalf("at %s only %v may forward", at, got)
+			}
+		}
+	})
 	t.Run("by order, and out", func(t *testing.T) {
 		w := start(t)
 		if err := w.Order("t"); err == nil {

@@ -94,8 +94,8 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 		return nil, err
 	}
 	members := st.Members
-	if st.Restored { // any gateway may have joined since the copy was made
-		members = withAll(members, cfg.TEPs)
+	if st.Restored {
+		members = cfg.restored(members)
 	}
 	s.fence = lease.NewFenceSet(cfg.fence(st.Epoch), now.Mono, st.Last, members...)
 	if err := s.commitPools(ctx, now, st.Pools); err != nil {
@@ -187,7 +187,11 @@ func (s *Server) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Actio
 	acts := c.Step(now, ev)
 	s.usage[c].note(now.Mono, c.Stats(), acts)
 	if len(acts.Commits) == 0 {
-		return acts, s.pending
+		switch ev.(type) {
+		case lease.Tick, lease.FenceTo, lease.Reserve: // nobody is answered
+			return acts, s.pending
+		}
+		return acts, s.barrier()
 	}
 	p := s.d.Store.Commit(store.Tx{Commits: acts.Commits, Wall: now.Wall})
 	s.pending = p
@@ -203,6 +207,10 @@ func (s *Server) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Actio
 	s.kick()
 	return acts, p
 }
+
+// barrier is what an answer waits for that needs no transaction of its own: a service that lost its store to a successor must
+// not speak of leases from memory. The caller holds mu.
+func (s *Server) barrier() *store.Pending { return s.d.Store.Commit(store.Tx{}) }
 
 // kick makes the sweeper look at its timers again.
 func (s *Server) kick() {
