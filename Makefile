@@ -43,13 +43,15 @@ gen: ## regenerate protobuf and BPF code
 .PHONY: check
 check: ## vet, staticcheck, gofumpt
 	$(GO) vet ./...
+	$(GO) vet -tags seedbugs,failpoints ./lease/... ./leasesvc/... ./internal/failpoint
 	$(TOOL) staticcheck ./...
 	@out=$$($(TOOL) gofumpt -l . | grep -v '\.pb\.go$$' || true); if [ -n "$$out" ]; then echo "not formatted (gofumpt):"; echo "$$out"; exit 1; fi
 
 .PHONY: test
 test: check ## all tests, privileged ones included (needs root)
 	hack/deps test
-	DSTM_TEST_ROOT=1 $(GO) test -timeout 10m ./...
+	DSTM_TEST_ROOT=1 $(GO) test -timeout 15m ./...
+	$(GO) test -tags seedbugs -run SeededBugs ./lease/leasesim
 
 .PHONY: lab
 lab: ## build and run the whole system in network namespaces, and leave it up (needs root)
@@ -74,7 +76,8 @@ test-full: test ## test, its long forms, and every step of the labs
 	@hack/lab && bin/dstm lab down lab/dstm01/dstm01.clab.yml
 
 .PHONY: soak
-soak: ## 300 kills of a lease service under load, and every fuzz target for a minute
+soak: ## 10,000 worlds of the simulation, 300 kills of a lease service under load, and every fuzz target for a minute
+	DSTM_SOAK=1 $(GO) test -count=1 -timeout 30m ./lease/leasesim
 	DSTM_SOAK=1 $(GO) test -count=1 -timeout 20m -run KilledAtRandom ./cmd
 	hack/fuzz 60s
 
