@@ -82,13 +82,18 @@ soak: ## 10,000 worlds of the simulation, 300 kills of a lease service under loa
 	hack/fuzz 60s
 
 .PHONY: bench
-bench: bench-lease bench-size bench-bgp bench-dns bench-path ## measure everything that docs/performance.md shows
+bench: bench-lease bench-kea bench-size bench-bgp bench-dns bench-path ## measure everything that docs/performance.md shows
 
 .PHONY: bench-lease
 bench-lease: ## durable leases per second over TLS, on bbolt and on etcd
 	@mkdir -p bin
 	$(GO) test ./leasesvc -run '^$$' -bench Bind -benchtime 4000x -count 6 >bin/bench-lease.txt
 	$(TOOL) benchstat bin/bench-lease.txt
+
+.PHONY: bench-kea
+bench-kea: ## leases per second beside a Kea DHCPv6 server
+	hack/deps bench
+	hack/bench-kea
 
 .PHONY: bench-size
 bench-size: ## restart, memory and a gateway's first table with 10 thousand to a million leases
