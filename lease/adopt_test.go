@@ -92,18 +92,39 @@ func TestAdoptPortSets(t *testing.T) {
 		adopts []lease.Adopt // newest first
 		want   map[lease.Resource]netip.Addr
 	}{
-		{"whole since", []lease.Address{rec(set(1), lease.Bound, 5, "x", srcA), rec(set(2), lease.Hold, 6, "y", srcB)},
-			[]lease.Adopt{held(lease.Whole(a), 20, srcC)}, map[lease.Resource]netip.Addr{lease.Whole(a): srcC}},
-		{"cut since", []lease.Address{rec(lease.Whole(a), lease.Bound, 5, "x", srcA)},
-			[]lease.Adopt{held(set(3), 21, srcC), held(set(0), 20, srcB)}, map[lease.Resource]netip.Addr{set(3): srcC, set(0): srcB}},
-		{"cut since, never leased before", nil,
-			[]lease.Adopt{held(set(3), 21, srcC)}, map[lease.Resource]netip.Addr{set(3): srcC}},
-		{"cut, and whole before that", nil,
-			[]lease.Adopt{held(set(3), 21, srcC), held(lease.Whole(a), 20, srcB)}, map[lease.Resource]netip.Addr{set(3): srcC}},
-		{"whole, and cut before that", nil,
-			[]lease.Adopt{held(lease.Whole(a), 21, srcC), held(set(3), 20, srcB)}, map[lease.Resource]netip.Addr{lease.Whole(a): srcC}},
-		{"cut already when it was copied", []lease.Address{rec(set(1), lease.Bound, 5, "x", srcA)},
-			[]lease.Adopt{held(lease.Whole(a), 4, srcC)}, map[lease.Resource]netip.Addr{set(1): srcA}},
+		{
+			"whole since",
+			[]lease.Address{rec(set(1), lease.Bound, 5, "x", srcA), rec(set(2), lease.Hold, 6, "y", srcB)},
+			[]lease.Adopt{held(lease.Whole(a), 20, srcC)},
+			map[lease.Resource]netip.Addr{lease.Whole(a): srcC},
+		},
+		{
+			"cut since",
+			[]lease.Address{rec(lease.Whole(a), lease.Bound, 5, "x", srcA)},
+			[]lease.Adopt{held(set(3), 21, srcC), held(set(0), 20, srcB)},
+			map[lease.Resource]netip.Addr{set(3): srcC, set(0): srcB},
+		},
+		{
+			"cut since, never leased before", nil,
+			[]lease.Adopt{held(set(3), 21, srcC)},
+			map[lease.Resource]netip.Addr{set(3): srcC},
+		},
+		{
+			"cut, and whole before that", nil,
+			[]lease.Adopt{held(set(3), 21, srcC), held(lease.Whole(a), 20, srcB)},
+			map[lease.Resource]netip.Addr{set(3): srcC},
+		},
+		{
+			"whole, and cut before that", nil,
+			[]lease.Adopt{held(lease.Whole(a), 21, srcC), held(set(3), 20, srcB)},
+			map[lease.Resource]netip.Addr{lease.Whole(a): srcC},
+		},
+		{
+			"cut already when it was copied",
+			[]lease.Address{rec(set(1), lease.Bound, 5, "x", srcA)},
+			[]lease.Adopt{held(lease.Whole(a), 4, srcC)},
+			map[lease.Resource]netip.Addr{set(1): srcA},
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := config("198.51.100.0/32")
