@@ -50,6 +50,7 @@ check: ## vet, staticcheck, gofumpt
 test: check ## all tests, privileged ones included (needs root)
 	hack/deps test
 	DSTM_TEST_ROOT=1 $(GO) test -timeout 10m ./...
+	$(GO) test -timeout 5m -tags seedbugs ./lease/leasesim -run TestSeededBugs
 
 .PHONY: lab
 lab: ## build and run the whole system in network namespaces, and leave it up (needs root)
@@ -73,8 +74,9 @@ test-full: test ## test, and every step of the labs
 	@hack/lab && bin/dstm lab down lab/dstm01/dstm01.clab.yml
 
 .PHONY: soak
-soak: ## every fuzz target for a minute
+soak: ## every fuzz target for a minute, 19,500 simulated worlds
 	hack/fuzz 60s
+	DSTM_SOAK=1 $(GO) test -timeout 90m ./lease/leasesim
 
 .PHONY: bench
 bench: bench-lease bench-size bench-bgp bench-dns bench-path ## measure everything that docs/performance.md shows
