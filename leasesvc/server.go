@@ -45,6 +45,7 @@ type Server struct {
 	mu      sync.Mutex // everything below; held for steps, never while waiting
 	wall    time.Time  // newest wall time handed out
 	cell    *lease.Cell
+	loaded  lease.Rev     // the newest revision at the start: watchers get no older ones
 	cores   []*lease.Core // in the order of the configuration
 	usage   map[*lease.Core]*usage
 	fence   *lease.FenceSet
@@ -89,7 +90,7 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	}
 	s.cluster, s.secret, s.wall = st.Cluster, st.Secret, st.Wall
 	now := s.now()
-	s.cell = lease.NewCell(st.Epoch, st.Last, cfg.Hosts.Per64)
+	s.loaded, s.cell = st.Last, lease.NewCell(st.Epoch, st.Last, cfg.Hosts.Per64)
 	if err := s.loadCores(ctx, now); err != nil {
 		return nil, err
 	}

@@ -9,6 +9,9 @@ import (
 // plantFaults begins whatever goes wrong in this world.
 func (w *world) plantFaults() {
 	f := &w.p.faults
+	if w.p.steady {
+		w.steadyFaults()
+	}
 	w.every(w.exp, f.crash, func() { w.crashService(w.chance(0.3)) })
 	w.every(w.exp, f.takeover, w.takeOver)
 	w.backups()
@@ -24,6 +27,24 @@ func (w *world) plantFaults() {
 	w.every(w.exp, f.order, w.orderOne)
 	w.every(w.exp, f.foreign, w.foreign)
 	w.every(w.exp, f.hint, func() { w.resolve(w.hosts[w.rng.IntN(len(w.hosts))]) })
+}
+
+// steadyFaults takes the service from all gateways together, again and again. In between it is there for as long as a gateway
+// may need to find it: a Hello that is lost costs one firstReply and one retryMax.
+func (w *world) steadyFaults() {
+	w.after(firstReply+2*retryMax+w.exp(30*time.Second), func() {
+		if w.healed {
+			return
+		}
+		d := w.down()
+		if w.chance(0.5) {
+			w.partAll(d)
+		} else if s := w.owner; s != nil {
+			s.crash(w.chance(0.3))
+			w.after(d, func() { w.startAgain(s.node) })
+		}
+		w.after(d, w.steadyFaults)
+	})
 }
 
 // down draws how long a fault lasts.

@@ -173,8 +173,5 @@ func (p *profile) makeSteady(k *kernel) {
 	p.session = k.between(20*time.Second, 30*time.Second)
 	p.static = time.Duration(float64(p.session) * (5 + 5*k.rng.Float64()))
 	f := &p.faults
-	p.faults = faultProfile{
-		crash: f.crash, outage: k.between(20*time.Second, 60*time.Second), revoke: f.revoke, hint: f.hint, stall: 0,
-		down: k.between(5*time.Second, p.static/8),
-	}
+	p.faults = faultProfile{revoke: f.revoke, hint: f.hint, down: k.between(5*time.Second, p.static/8)}
 }

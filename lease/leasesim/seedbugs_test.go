@@ -51,7 +51,7 @@ var seededBugs = []seededBug{
 	{"F9", "any witness", lease.PlantBug, 200, nil},
 	{"F9", "witness that heard nothing since", lease.PlantBug, 200, nil},
 	{"F9", "witness of a short session", lease.PlantBug, 200, nil},
-	{"F9", "witness without a margin", lease.PlantBug, 200, lonely},
+	{"F9", "witness without a margin", lease.PlantBug, 100, edge},
 	{"F9", "witnesses of a copy", lease.PlantBug, 150, copied},
 	{"F9", "quiet and in session", replica.PlantBug, 200, lonely},
 	{"F9", "fenced for ever", lease.PlantBug, 50, nil},

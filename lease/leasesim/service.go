@@ -30,6 +30,7 @@ type service struct {
 	resync           map[string]bool
 	caps             map[string]bool // gateways that can forward for port sets
 	recover          *recovery
+	loaded           lease.Rev // the newest revision at the start
 	ringBase         lease.Rev // older records are not kept for watchers
 	sessions         []*session
 	acked            []func()  // who waits for the fence to move
@@ -72,7 +73,7 @@ func (w *world) start(at node) {
 		resync: map[string]bool{}, caps: map[string]bool{}, fencedBy: map[string]string{},
 	}
 	st := w.disk.load()
-	s.wall, s.ringBase = st.wall, st.last
+	s.wall, s.loaded, s.ringBase = st.wall, st.last, st.last
 	now := s.now()
 	s.cell = lease.NewCell(s.epoch, st.last, w.p.per64)
 	s.loadCores(now, st)

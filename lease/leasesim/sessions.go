@@ -57,7 +57,7 @@ func (s *service) hello(st *stream, h lease.Hello) {
 func (ss *session) open(h lease.Hello) {
 	s := ss.s
 	resume := h.HaveRev > 0 && h.Cluster == s.w.disk.cluster && h.Epoch == s.epoch
-	resume = resume && !s.resync[h.TEP] && h.HaveRev <= s.cell.Last()
+	resume = resume && !s.resync[h.TEP] && h.HaveRev >= s.loaded && h.HaveRev <= s.cell.Last()
 	delete(s.resync, h.TEP)
 	reply, upto, err := ss.grant(h.SentBootNS)
 	if err != nil {

@@ -9,7 +9,7 @@ import (
 )
 
 // The worlds below are those in which some kind of fault is frequent. Planted mistakes are looked for in them.
-var specialWorlds = []func(*profile){restored, cut, copied, takenOver, revoking, restless, lonely, slow, steady}
+var specialWorlds = []func(*profile){restored, cut, copied, takenOver, revoking, restless, lonely, edge, slow, steady}
 
 // TestSpecialWorlds runs a few seeds of each.
 func TestSpecialWorlds(t *testing.T) {
@@ -42,6 +42,12 @@ func copied(p *profile) {
 	p.steady, p.gateways, p.hosts = false, 2, 10
 	p.session, p.static, p.net.ordered = 6*time.Second, 90*time.Second, true
 	p.faults = faultProfile{restore: 25 * time.Second, alone: 6 * time.Second, down: 5 * time.Second}
+}
+
+// edge worlds have two gateways whose clocks run apart, each of them cut off alone for as long as a session lease.
+func edge(p *profile) {
+	copied(p)
+	p.ratePPM, p.faults.restore = 50_000, 0
 }
 
 // takenOver worlds change the owner of the store often.
