@@ -76,10 +76,10 @@ test-full: test ## test, its long forms, and every step of the labs
 	@hack/lab && bin/dstm lab down lab/dstm01/dstm01.clab.yml
 
 .PHONY: soak
-soak: ## 10,000 worlds of the simulation, 300 kills of a lease service under load, and every fuzz target for a minute
+soak: ## 10,000 worlds of the simulation, 300 kills of a lease service under load, and every fuzz target for 30 s
 	DSTM_SOAK=1 $(GO) test -count=1 -timeout 30m ./lease/leasesim
 	DSTM_SOAK=1 $(GO) test -count=1 -timeout 20m -run KilledAtRandom ./cmd
-	hack/fuzz 60s
+	hack/fuzz 30s
 
 .PHONY: bench
 bench: bench-lease bench-kea bench-size bench-bgp bench-dns bench-path ## measure everything that docs/performance.md shows
