@@ -17,8 +17,12 @@ func TestModel(t *testing.T) {
 	at := func(k kind, host int, begun, ended int64, r lease.Resource, gen lease.Gen) call {
 		return call{kind: k, host: host, begun: begun, ended: ended, ref: lease.Ref{Resource: r, Gen: gen}, until: 10 * time.Second}
 	}
-	bind := func(host int, begun, ended int64, gen lease.Gen) call { return at(callBind, host, begun, ended, whole, gen) }
-	renew := func(host int, begun, ended int64, gen lease.Gen) call { return at(callRenew, host, begun, ended, whole, gen) }
+	bind := func(host int, begun, ended int64, gen lease.Gen) call {
+		return at(callBind, host, begun, ended, whole, gen)
+	}
+	renew := func(host int, begun, ended int64, gen lease.Gen) call {
+		return at(callRenew, host, begun, ended, whole, gen)
+	}
 	release := func(host int, begun, ended int64, gen lease.Gen) call {
 		return at(callRelease, host, begun, ended, whole, gen)
 	}
