@@ -46,6 +46,7 @@ type member struct {
 	deadline time.Duration // later than any the gateway can reach by itself
 	silent   time.Duration // later than any grant of the service
 	long     time.Duration // later than every grant longer than the present ones
+	far      time.Duration // later than what it can reach by a D longer than the present one
 	fenced   fenceCause
 	echo     uint64  // ServiceNS that it echoed last, in this session
 	replies  []reply // from the last one that it is known to have received on
@@ -79,6 +80,8 @@ type Member struct {
 	Session  uint64 // the newest session given out; sessions of one gateway only grow
 	// Horizon is the longest grant that may still run. It outlives a restart with a shorter one.
 	Horizon time.Duration
+	// FailStatic is the longest D that it was told and may still go by. It outlives a restart with a shorter one, too.
+	FailStatic time.Duration
 	// Question is where the gateway answers the questions of others (F9), an IPv6 address and a port; zero = nowhere.
 	Question netip.AddrPort
 	// Witnesses are the gateways, sorted, that may witness against this one: those in every list of others that it may
@@ -93,7 +96,7 @@ func (m Member) Restored(failStatic time.Duration) Member {
 	if seeded("witnesses of a copy") {
 		return m
 	}
-	m.Witnesses, m.Horizon = nil, max(m.Horizon, failStatic)
+	m.Witnesses, m.Horizon, m.FailStatic = nil, max(m.Horizon, failStatic), max(m.FailStatic, failStatic)
 	return m
 }
 
@@ -127,9 +130,8 @@ func NewFenceSet(cfg FenceConfig, now time.Duration, head Rev, members ...Member
 			f.teps[m.TEP] = &member{Member: m}
 			continue
 		}
-		f.teps[m.TEP] = &member{
-			Member: m, deadline: now + f.horizon(max(m.Horizon, cfg.FailStatic)), silent: granted, long: granted,
-		}
+		deadline := now + f.horizon(max(m.Horizon, m.FailStatic, cfg.FailStatic))
+		f.teps[m.TEP] = &member{Member: m, deadline: deadline, silent: granted, long: granted, far: deadline}
 	}
 	return f
 }
@@ -143,7 +145,7 @@ func (f *FenceSet) horizon(d time.Duration) time.Duration {
 func (f *FenceSet) Hello(now time.Duration, tep, instance string, question netip.AddrPort) Member {
 	m := f.teps[tep]
 	if m == nil {
-		m = &member{Member: Member{TEP: tep}, long: now}
+		m = &member{Member: Member{TEP: tep}, long: now, far: now}
 		f.teps[tep] = m
 	}
 	m.Session = max(m.Session, f.cfg.Epoch.sessions()) + 1
@@ -154,7 +156,7 @@ func (f *FenceSet) Hello(now time.Duration, tep, instance string, question netip
 	return m.Member
 }
 
-// grantable makes the member record cover the grant that would be made now, and returns that grant. One that cannot be
+// grantable makes the member record cover what would be granted now, and returns how long that is. One that cannot be
 // asked cannot ask either: it would stop after d when the service does, so it gets D, and no witness can speak against it.
 func (f *FenceSet) grantable(now time.Duration, m *member) time.Duration {
 	grant := f.cfg.Session
@@ -165,6 +167,10 @@ func (f *FenceSet) grantable(now time.Duration, m *member) time.Duration {
 		m.Horizon = 0 // whatever was granted for longer has passed
 	}
 	m.Horizon = max(m.Horizon, grant)
+	if now > m.far {
+		m.FailStatic = 0
+	}
+	m.FailStatic = max(m.FailStatic, f.cfg.FailStatic)
 	return grant
 }
 
@@ -187,7 +193,7 @@ func (f *FenceSet) Grant(now time.Duration, tep string, session uint64, last Rev
 	if err != nil {
 		return Granted{}, err
 	}
-	before := m.Horizon
+	before, far := m.Horizon, m.FailStatic
 	grant := f.grantable(now, m)
 	if !seeded("fenced for ever") {
 		m.fenced = notFenced
@@ -196,6 +202,9 @@ func (f *FenceSet) Grant(now time.Duration, tep string, session uint64, last Rev
 	m.silent = max(m.silent, now+f.horizon(grant))
 	if grant == m.Horizon {
 		m.long = m.silent
+	}
+	if m.FailStatic == f.cfg.FailStatic {
+		m.far = m.deadline
 	}
 	g := Granted{Session: grant, FailStatic: f.cfg.FailStatic, Floor: last, ServiceNS: uint64(now) + 1}
 	var names []string
@@ -206,7 +215,7 @@ func (f *FenceSet) Grant(now time.Duration, tep string, session uint64, last Rev
 		}
 	}
 	m.replies = append(m.replies, reply{session: session, at: g.ServiceNS, others: names})
-	if f.rewitness(m) || m.Horizon != before {
+	if f.rewitness(m) || m.Horizon != before || m.FailStatic != far {
 		rec := m.Member
 		g.Member = &rec
 	}

@@ -27,7 +27,7 @@ func TestFenceSet(t *testing.T) {
 
 	now := horizon
 	m := f.Hello(now, "old", "y", netip.AddrPort{})
-	if want := (lease.Member{TEP: "old", Instance: "y", Session: 8, Horizon: d}); !reflect.DeepEqual(m, want) {
+	if want := (lease.Member{TEP: "old", Instance: "y", Session: 8, Horizon: d, FailStatic: d}); !reflect.DeepEqual(m, want) {
 		t.Errorf("member %+v, want %+v", m, want)
 	}
 	g, err := f.Grant(now, "old", 8, 10)
@@ -79,6 +79,33 @@ func TestShorterFailStatic(t *testing.T) {
 	}
 	if m = f.Hello(at, "tep1", "a", netip.AddrPort{}); m.Horizon != short {
 		t.Errorf("horizon %s after every grant, want %s", m.Horizon, short)
+	}
+}
+
+// TestShorterD: a gateway that asks others goes on for the D that it was told, whatever a restart of the service makes of it.
+func TestShorterD(t *testing.T) {
+	const long, short, d = 4 * time.Hour, 10 * time.Minute, 30 * time.Second
+	q := netip.MustParseAddrPort("[2001:db8:3::1]:3546")
+	f := lease.NewFenceSet(lease.FenceConfig{FailStatic: long, Session: d}, 0, 1)
+	m := f.Hello(0, "tep1", "a", q)
+	if _, err := f.Grant(0, "tep1", 1, 1); err != nil {
+		t.Fatal(err)
+	}
+	restarted := lease.FenceConfig{FailStatic: short, Session: d}
+	f = lease.NewFenceSet(restarted, 0, 1, m)
+	if got := f.Watermark(long - time.Second); got != 0 {
+		t.Errorf("the gateway may go on, yet revisions up to %d count as fenced", got)
+	}
+	if m = f.Hello(time.Minute, "tep1", "a", q); m.FailStatic != long || m.Horizon != d {
+		t.Errorf("D %s and horizon %s while the long one counts, want %s and %s", m.FailStatic, m.Horizon, long, d)
+	}
+	f = lease.NewFenceSet(restarted, 0, 1, m) // once more
+	if got := f.Watermark(long - time.Second); got != 0 {
+		t.Errorf("after the second restart revisions up to %d count as fenced", got)
+	}
+	at, _ := f.Next(0)
+	if m = f.Hello(at, "tep1", "a", q); m.FailStatic != short {
+		t.Errorf("D %s when the long one has passed, want %s", m.FailStatic, short)
 	}
 }
 

@@ -289,6 +289,7 @@ func (t *truth) checkI10() {
 // gateGhost is what an onlooker knows of the deadlines of a gateway since it was powered on.
 type gateGhost struct {
 	answered uint64       // newest own send time that the service has answered
+	limit    uint64       // latest D after such a time
 	used     uint64       // newest own send time of which the answer has moved the deadline
 	until    uint64       // latest deadline that a session reply gave
 	grant    uint64       // d
@@ -330,6 +331,7 @@ func (gh *gateGhost) replied(m lease.SessionReply) {
 func (t *truth) answered(g *gateway, st *stream, r lease.SessionReply) {
 	if st.boots == g.boots {
 		g.ghost.answered = max(g.ghost.answered, r.EchoBootNS)
+		g.ghost.limit = max(g.ghost.limit, r.EchoBootNS+r.FailStaticNS)
 	}
 }
 
@@ -340,7 +342,7 @@ func (t *truth) deadline(g *gateway, d uint64, alone bool) {
 	switch {
 	case d < gh.set:
 		t.w.fail("I7", "the deadline of %s moves back by %s", g.name, time.Duration(gh.set-d))
-	case d > gh.answered+uint64(t.w.p.static):
+	case d > gh.limit:
 		t.w.fail("I7", "the deadline of %s is %s after its last answered heartbeat", g.name, time.Duration(d-gh.answered))
 	case !alone && d > gh.until:
 		t.w.fail("I7", "the deadline of %s is %s later than a session reply gave", g.name, time.Duration(d-gh.until))

@@ -66,6 +66,7 @@ func (w *world) crashNow(n node) {
 
 func (w *world) crash(n node) {
 	switch {
+	case n == nodeResolver: // knows nothing that could be lost
 	case n < nodeGateway:
 		if s := w.serviceAt(n); s != nil && s == w.owner {
 			w.crashService(w.chance(0.3))

@@ -2,13 +2,13 @@ package leasesim
 
 import "time"
 
-// node is a party on the network: the machine of the lease service, the gateways, then the hosts. The second machine of
-// a lease service that takes over is another node.
+// node is a party on the network: the two machines of the lease service, the resolver, the gateways, then the hosts.
 type node int
 
 const (
 	nodeService node = iota
 	nodeStandby
+	nodeResolver
 	nodeGateway // the first one
 )
 

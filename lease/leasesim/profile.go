@@ -55,6 +55,7 @@ type hostProfile struct {
 // faultProfile has the mean times between faults of a kind; 0 = never.
 type faultProfile struct {
 	crash     time.Duration // of the service
+	renewed   float64       // share of starts with other times for gateways in the configuration
 	takeover  time.Duration // by a standby, while the owner goes on for a while
 	restore   time.Duration // of an older copy
 	outage    time.Duration // all gateways lose the service together
@@ -88,7 +89,7 @@ func drawProfile(k *kernel) profile {
 		pools: []netip.Prefix{netip.MustParsePrefix("198.51.100.0/27")}, timers: drawTimers(k),
 		session: k.between(6*time.Second, 20*time.Second), bindWait: 500 * time.Millisecond, ratePPM: 500, ring: 1 << 16,
 	}
-	p.static = time.Duration(float64(p.session) * (2 + 6*k.rng.Float64()))
+	p.static = drawStatic(k, p.session)
 	if k.chance(0.4) {
 		p.pools = append(p.pools, netip.MustParsePrefix("203.0.113.0/28"))
 	}
@@ -112,6 +113,11 @@ func drawProfile(k *kernel) profile {
 		p.makeSteady(k)
 	}
 	return p
+}
+
+// drawStatic draws a D for a d.
+func drawStatic(k *kernel, session time.Duration) time.Duration {
+	return time.Duration(float64(session) * (2 + 6*k.rng.Float64()))
 }
 
 func drawTimers(k *kernel) lease.Timers {
@@ -158,6 +164,9 @@ func drawFaults(k *kernel) faultProfile {
 		stall: k.maybe(0.3, 5*s, 60*s), revoke: k.maybe(0.3, 3*s, 30*s), order: k.maybe(0.4, 5*s, 30*s),
 		foreign: k.maybe(0.2, 10*s, 60*s), hint: k.maybe(0.5, 300*time.Millisecond, 5*s),
 		down: k.between(500*time.Millisecond, 30*s), stray: 0.3 * k.rng.Float64(),
+	}
+	if k.chance(0.2) {
+		f.renewed = 0.3
 	}
 	if k.chance(0.4) {
 		f.atMessage = 0.0005 * k.rng.Float64()

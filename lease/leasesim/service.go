@@ -67,6 +67,11 @@ func (s *service) soon(do func()) { s.after(time.Duration(s.w.rng.IntN(50))*time
 func (w *world) start(at node) {
 	w.services++
 	w.counts.starts++
+	if w.chance(w.p.faults.renewed) {
+		w.p.session = w.between(6*time.Second, 20*time.Second)
+		w.p.static = drawStatic(&w.kernel, w.p.session)
+		w.tracef("from now on d is %s and D %s", w.p.session, w.p.static)
+	}
 	s := &service{
 		w: w, id: w.services, node: at, begun: w.now, skew: w.wallSkew(), epoch: w.disk.epoch, sweeping: -1,
 		answers: lease.NewAnswers[given](2 * w.p.timers.MaxValid), pending: &pending{done: true},

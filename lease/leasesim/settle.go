@@ -99,15 +99,23 @@ func (w *world) unequal() string {
 // checkI15: with the hosts gone, every address is free again in time, and nothing is left over.
 func (w *world) checkI15() {
 	w.tracef("the hosts go")
+	var given []lease.Ref
 	for _, h := range w.hosts {
 		h.retired = true
 		if h.lease != nil && w.chance(0.5) {
+			given = append(given, h.lease.ref)
 			h.giveBack()
 		} else {
 			h.on = false
 		}
 	}
 	t := w.p.timers
+	w.kernel.run(w.now+time.Second+t.HoldDown, w.truth.look)
+	for _, ref := range given {
+		if rec := w.truth.slots[w.slot(ref.Resource)].rec; rec.Gen == ref.Gen && rec.State != lease.Free {
+			w.fail("I15", "%s was given back %s and a hold-down ago, it is %s", ref, time.Second, rec.State)
+		}
+	}
 	w.kernel.run(w.now+2*t.MaxValid+t.HoldDown+recoverIn, w.truth.look)
 	if w.failed != nil {
 		return

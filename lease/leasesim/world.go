@@ -220,7 +220,10 @@ func (w *world) machineAt(source netip.Addr) string {
 
 // resolve is a resolver that saw a query of a host.
 func (w *world) resolve(h *host) {
-	if s := w.owner; s != nil {
-		w.after(w.net.delay(), func() { s.hint(h) })
-	}
+	to := w.reach(nodeResolver)
+	w.net.datagram(nodeResolver, to, func() {
+		if s := w.serviceAt(to); s != nil {
+			s.hint(h)
+		}
+	})
 }
