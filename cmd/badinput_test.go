@@ -16,12 +16,14 @@ import (
 	"github.com/dstm-project/dstm/internal/daemon"
 	"github.com/dstm-project/dstm/internal/pki"
 	"github.com/dstm-project/dstm/internal/tlsid"
+	"github.com/dstm-project/dstm/leasesvc/store/etcdstore/etcdtest"
 )
 
 // programs is where TestMain has built them.
 var programs string
 
 func TestMain(m *testing.M) {
+	etcdtest.Main()
 	os.Exit(func() int {
 		// Under the system's own directory, where another user may look.
 		dir, err := os.MkdirTemp("", "dstm-programs")

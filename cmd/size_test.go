@@ -90,6 +90,13 @@ func (p *place) service(n int) netip.AddrPort {
 	if err := boltstore.Create(p.path("lease.db")); err != nil {
 		p.t.Fatal(err)
 	}
+	p.leases(lease.Pool{Name: "main", Prefix: netip.MustParsePrefix("10.0.0.0/12"), TEP: netip.MustParseAddr("2001:db8:a::1")}, n)
+	return addr
+}
+
+// leases puts n leases of a pool into the store, which no service has open.
+func (p *place) leases(pool lease.Pool, n int) {
+	p.t.Helper()
 	s, err := boltstore.Open(boltstore.Options{Path: p.path("lease.db")})
 	if err != nil {
 		p.t.Fatal(err)
@@ -99,10 +106,7 @@ func (p *place) service(n int) netip.AddrPort {
 		p.t.Fatal(err)
 	}
 	c := lease.NewCell(st.Epoch, st.Last, 0)
-	core, err := lease.NewCore(lease.Config{
-		Pool:   lease.Pool{Name: "main", Prefix: netip.MustParsePrefix("10.0.0.0/12"), TEP: netip.MustParseAddr("2001:db8:a::1")},
-		Timers: lease.DefaultTimers(),
-	}, c, lease.Now{Wall: time.Now()}, nil)
+	core, err := lease.NewCore(lease.Config{Pool: pool, Timers: lease.DefaultTimers()}, c, lease.Now{Wall: time.Now()}, nil)
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -126,7 +130,6 @@ func (p *place) service(n int) netip.AddrPort {
 	if err := s.Close(); err != nil {
 		p.t.Fatal(err)
 	}
-	return addr
 }
 
 // listening waits until a program says that it listens, and then swallows the rest.

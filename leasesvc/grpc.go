@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
+	"github.com/dstm-project/dstm/internal/failpoint"
 	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/internal/wire"
 	"github.com/dstm-project/dstm/lease"
@@ -166,7 +167,11 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 		return nil, err
 	}
 	defer end()
-	return next(ctx, req)
+	reply, err := next(ctx, req)
+	if err == nil {
+		err = failpoint.Hit("before-reply")
+	}
+	return reply, err
 }
 
 type authorizedStream struct {

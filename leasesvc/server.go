@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dstm-project/dstm/internal/daemon"
+	"github.com/dstm-project/dstm/internal/failpoint"
 	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/lease"
 	"github.com/dstm-project/dstm/leasesvc/store"
@@ -176,7 +177,7 @@ func (s *Server) commitPools(ctx context.Context, now lease.Now, known []lease.P
 // make an audit record end before it began.
 func (s *Server) now() lease.Now {
 	mono := time.Since(s.start)
-	if w := time.Now(); w.After(s.wall) {
+	if w := failpoint.Wall(); w.After(s.wall) {
 		s.wall = w
 	}
 	return lease.Now{Mono: mono, Wall: s.wall}
@@ -223,6 +224,9 @@ func (s *Server) kick() {
 // durable waits for a transaction. A store that refuses ends the service: its memory runs ahead of the disk now, and
 // only a restart makes them equal again.
 func (s *Server) durable(ctx context.Context, p *store.Pending) error {
+	if failpoint.Hit("bug-not-durable") != nil {
+		return nil
+	}
 	err := p.Wait(ctx)
 	if err != nil && ctx.Err() == nil {
 		select {

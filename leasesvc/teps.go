@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
+	"github.com/dstm-project/dstm/internal/failpoint"
 	"github.com/dstm-project/dstm/internal/wire"
 	"github.com/dstm-project/dstm/lease"
 	"github.com/dstm-project/dstm/leasesvc/store"
@@ -188,6 +189,9 @@ func (ss *session) snapshot(rev lease.Rev, t table) error {
 		t.bindings = t.bindings[n:]
 		c := lease.SnapshotChunk{Session: ss.number, Rev: rev, Index: index, Last: len(t.bindings) == 0, Records: records}
 		ss.publish(rev)
+		if err := failpoint.Hit("tep-before-chunk"); err != nil {
+			return err
+		}
 		if err := ss.write(wire.FromSnapshotChunk(c)); err != nil {
 			return err
 		}
@@ -223,6 +227,9 @@ func (ss *session) pump(ctx context.Context, w store.Watcher) error {
 			return err
 		}
 		ss.publish(b.To)
+		if err := failpoint.Hit("tep-before-batch"); err != nil {
+			return err
+		}
 		if err := ss.write(wire.FromBatch(lease.Batch{Session: ss.number, From: b.From, To: b.To, Records: b.Records})); err != nil {
 			return err
 		}
@@ -312,6 +319,9 @@ func (ss *session) compare(b lease.Heartbeat) error {
 // ack moves the fence.
 func (ss *session) ack(a lease.Ack) error {
 	s := ss.s
+	if err := failpoint.Hit("tep-ack"); err != nil {
+		return err
+	}
 	for _, n := range a.Nacks {
 		s.d.Log.Warn("gateway refused a record", "tep", ss.tep, "addr", n.Resource.String(), "gen", n.Gen.String(), "reason", n.Reason)
 	}

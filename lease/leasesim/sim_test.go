@@ -14,9 +14,9 @@ import (
 
 const (
 	normalSeeds  = 200
-	soakSeeds    = 15_000
+	soakSeeds    = 10_000
 	specialSeeds = 6   // of each special world
-	soakSpecial  = 500 // the same in a soak
+	soakSpecial  = 250 // the same in a soak
 	tail         = 60  // lines of the trace that a failure shows
 )
 

@@ -150,9 +150,11 @@ func call[Req, Rep any](ctx context.Context, c *Conn, f func(context.Context, *g
 	var said error // what the service answered last; it says more than a deadline does
 	for {
 		cc := c.get()
-		try, cancel := context.WithTimeout(ctx, attemptTimeout)
+		end := time.Now().Add(attemptTimeout)
+		try, cancel := context.WithDeadline(ctx, end)
 		rep, err := f(try, cc, req)
-		expired := try.Err() != nil && ctx.Err() == nil
+		// The server's end of a try may be here before the context's own.
+		expired := !time.Now().Before(end) && ctx.Err() == nil
 		cancel()
 		if err == nil {
 			return rep, nil

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	storev1 "github.com/dstm-project/dstm/api/store/v1"
+	"github.com/dstm-project/dstm/internal/failpoint"
 	"github.com/dstm-project/dstm/lease"
 	"github.com/dstm-project/dstm/leasesvc/store"
 	"github.com/dstm-project/dstm/leasesvc/store/record"
@@ -297,7 +298,16 @@ func (s *Store) update(group []item) error {
 	if !slices.ContainsFunc(group, func(it item) bool { return !it.barrier() }) {
 		return nil
 	}
-	return s.db.Update(func(tx *bbolt.Tx) error { return apply(tx, group) })
+	err := s.db.Update(func(tx *bbolt.Tx) error {
+		if err := apply(tx, group); err != nil {
+			return err
+		}
+		return failpoint.Hit("store-before-commit")
+	})
+	if err != nil {
+		return err
+	}
+	return failpoint.Hit("store-after-commit")
 }
 
 func (s *Store) failure() error {
