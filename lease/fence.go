@@ -46,6 +46,7 @@ type member struct {
 	deadline time.Duration // later than any the gateway can reach by itself
 	silent   time.Duration // later than any grant of the service
 	long     time.Duration // later than every grant longer than the present ones
+	before   bool          // it may still go by a reply of before the start
 	far      time.Duration // later than what it can reach by a D longer than the present one
 	fenced   fenceCause
 	echo     uint64  // ServiceNS that it echoed last, in this session
@@ -130,8 +131,13 @@ func NewFenceSet(cfg FenceConfig, now time.Duration, head Rev, members ...Member
 			f.teps[m.TEP] = &member{Member: m}
 			continue
 		}
+		if seeded("shorter D at once") {
+			m.FailStatic = 0
+		}
 		deadline := now + f.horizon(max(m.Horizon, m.FailStatic, cfg.FailStatic))
-		f.teps[m.TEP] = &member{Member: m, deadline: deadline, silent: granted, long: granted, far: deadline}
+		f.teps[m.TEP] = &member{
+			Member: m, deadline: deadline, silent: granted, long: granted, far: deadline, before: m.Question.IsValid() && !seeded("shorter session lease at once"),
+		}
 	}
 	return f
 }
@@ -163,7 +169,7 @@ func (f *FenceSet) grantable(now time.Duration, m *member) time.Duration {
 	if !m.Question.IsValid() {
 		grant = f.cfg.FailStatic
 	}
-	if now > m.long {
+	if now > m.long && !m.before {
 		m.Horizon = 0 // whatever was granted for longer has passed
 	}
 	m.Horizon = max(m.Horizon, grant)
@@ -192,6 +198,10 @@ func (f *FenceSet) Grant(now time.Duration, tep string, session uint64, last Rev
 	m, err := f.current(tep, session)
 	if err != nil {
 		return Granted{}, err
+	}
+	if m.before && m.echo != 0 {
+		// It has a reply of ours now. Before, it may have gone on by the others' silence for as long as an older one said.
+		m.before, m.long = false, max(m.long, now+f.horizon(m.Horizon))
 	}
 	before, far := m.Horizon, m.FailStatic
 	grant := f.grantable(now, m)

@@ -109,6 +109,36 @@ func TestShorterD(t *testing.T) {
 	}
 }
 
+// TestShorterSession: while a gateway may go by a reply of before a restart with a shorter session lease, no witness of a
+// session of the new length speaks against it.
+func TestShorterSession(t *testing.T) {
+	const long, short, D = time.Minute, 10 * time.Second, time.Hour
+	q := netip.MustParseAddrPort("[2001:db8:3::1]:3546")
+	known := lease.Member{TEP: "t", Session: 1, Horizon: long, Question: q, Witnesses: []string{"w"}}
+	f := lease.NewFenceSet(lease.FenceConfig{FailStatic: D, Session: short}, 0, 10, known)
+	at := 10 * time.Minute // until then it was cut off, and the others were silent
+	f.Hello(at, "w", "i", q)
+	session := f.Hello(at, "t", "i", q).Session
+	first, err := f.Grant(at, "t", session, 10)
+	if err != nil || first.Session != short {
+		t.Fatalf("grant %+v: %v", first, err)
+	}
+	at += time.Second
+	if _, err := f.Beat("t", lease.Heartbeat{Session: session, EchoServiceNS: first.ServiceNS}); err != nil {
+		t.Fatal(err)
+	}
+	if g, err := f.Grant(at, "t", session, 10); err != nil || len(g.Others) != 1 {
+		t.Fatalf("grant %+v: %v", g, err)
+	}
+	if got := f.Status(at)[0].Horizon; got != long {
+		t.Errorf("horizon %s just when it got the first reply, want %s", got, long)
+	}
+	at += long + time.Second
+	if _, err := f.Grant(at, "t", session, 10); err != nil || f.Status(at)[0].Horizon != short {
+		t.Errorf("horizon %s when the long one has passed: %v", f.Status(at)[0].Horizon, err)
+	}
+}
+
 // TestWitness walks the rules of F9 from the service's side. d is 30 s, so its horizon is 30.016 s.
 func TestWitness(t *testing.T) {
 	const d, D = 30 * time.Second, 4 * time.Hour

@@ -207,8 +207,9 @@ func (t *truth) rebuild(d *disk) {
 	for i := range t.slots {
 		sl := &t.slots[i]
 		p := promise{}
+		live := sl.promise.until > t.w.now && sl.rec.State == lease.Bound && sl.rec.Gen == sl.promise.gen
 		for _, g := range t.w.gates {
-			if sl.promise.until > t.w.now && g.forwards() && g.path.has[i] && g.path.entries[i].Gen == sl.promise.gen {
+			if live && g.forwards() && g.path.has[i] && g.path.entries[i].Gen == sl.promise.gen {
 				p = promise{until: min(kept, sl.promise.until), source: g.path.entries[i].Host}
 			}
 		}

@@ -9,7 +9,7 @@ import (
 )
 
 // The worlds below are those in which some kind of fault is frequent. Planted mistakes are looked for in them.
-var specialWorlds = []func(*profile){restored, cut, copied, takenOver, revoking, restless, lonely, edge, slow, steady}
+var specialWorlds = []func(*profile){restored, cut, copied, takenOver, revoking, restless, lonely, edge, slow, renewed, stalling, steady}
 
 // TestSpecialWorlds runs a few seeds of each.
 func TestSpecialWorlds(t *testing.T) {
@@ -48,6 +48,18 @@ func copied(p *profile) {
 func edge(p *profile) {
 	copied(p)
 	p.ratePPM, p.faults.restore = 50_000, 0
+}
+
+// renewed worlds have services that start with other times, and gateways that go on by the old ones.
+func renewed(p *profile) {
+	p.steady, p.hosts, p.net.ordered = false, 10, true
+	p.faults = faultProfile{renewed: 0.6, crash: 20 * time.Second, alone: 12 * time.Second, outage: 20 * time.Second, down: 12 * time.Second}
+}
+
+// stalling worlds have a disk that hangs, a service that crashes and gateways that start.
+func stalling(p *profile) {
+	p.steady = false
+	p.faults = faultProfile{stall: 3 * time.Second, crash: 10 * time.Second, kill: 2 * time.Second, down: time.Second}
 }
 
 // takenOver worlds change the owner of the store often.
