@@ -43,13 +43,15 @@ gen: ## regenerate protobuf and BPF code
 .PHONY: check
 check: ## vet, staticcheck, gofumpt
 	$(GO) vet ./...
+	$(GO) vet -tags seedbugs,failpoints ./lease/... ./leasesvc/... ./internal/failpoint
 	$(TOOL) staticcheck ./...
 	@out=$$($(TOOL) gofumpt -l . | grep -v '\.pb\.go$$' || true); if [ -n "$$out" ]; then echo "not formatted (gofumpt):"; echo "$$out"; exit 1; fi
 
 .PHONY: test
 test: check ## all tests, privileged ones included (needs root)
 	hack/deps test
-	DSTM_TEST_ROOT=1 $(GO) test -timeout 10m ./...
+	DSTM_TEST_ROOT=1 $(GO) test -timeout 15m ./...
+	$(GO) test -tags seedbugs -run SeededBugs ./lease/leasesim
 
 .PHONY: lab
 lab: ## build and run the whole system in network namespaces, and leave it up (needs root)
@@ -74,18 +76,24 @@ test-full: test ## test, its long forms, and every step of the labs
 	@hack/lab && bin/dstm lab down lab/dstm01/dstm01.clab.yml
 
 .PHONY: soak
-soak: ## 300 kills of a lease service under load, and every fuzz target for a minute
+soak: ## 10,000 worlds of the simulation, 300 kills of a lease service under load, and every fuzz target for 30 s
+	DSTM_SOAK=1 $(GO) test -count=1 -timeout 30m ./lease/leasesim
 	DSTM_SOAK=1 $(GO) test -count=1 -timeout 20m -run KilledAtRandom ./cmd
-	hack/fuzz 60s
+	hack/fuzz 30s
 
 .PHONY: bench
-bench: bench-lease bench-size bench-bgp bench-dns bench-path ## measure everything that docs/performance.md shows
+bench: bench-lease bench-kea bench-size bench-bgp bench-dns bench-path ## measure everything that docs/performance.md shows
 
 .PHONY: bench-lease
 bench-lease: ## durable leases per second over TLS, on bbolt and on etcd
 	@mkdir -p bin
 	$(GO) test ./leasesvc -run '^$$' -bench Bind -benchtime 4000x -count 6 >bin/bench-lease.txt
 	$(TOOL) benchstat bin/bench-lease.txt
+
+.PHONY: bench-kea
+bench-kea: ## leases per second beside a Kea DHCPv6 server
+	hack/deps bench
+	hack/bench-kea
 
 .PHONY: bench-size
 bench-size: ## restart, memory and a gateway's first table with 10 thousand to a million leases

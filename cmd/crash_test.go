@@ -19,7 +19,7 @@ func TestKilledAtPoints(t *testing.T) {
 	rnd := seeded(t)
 	s := newStand(t, 16, rnd)
 	for _, point := range points {
-		most := 300
+		most := 100
 		if point == "tep-before-chunk" {
 			most = 2
 		}

@@ -27,7 +27,7 @@ func privileged(t *testing.T) {
 func TestStoreErrors(t *testing.T) {
 	privileged(t)
 	s := newStand(t, 16, seeded(t))
-	p := s.service("", "strace", "-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", "inject=fdatasync:error=EIO:when=40")
+	p := s.service("", "strace", "-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", "inject=fdatasync:error=EIO:when=15")
 	select {
 	case <-p.done:
 	case <-time.After(recovery):
@@ -46,7 +46,7 @@ func TestStoreErrors(t *testing.T) {
 func TestStoreSlow(t *testing.T) {
 	privileged(t)
 	s := newStand(t, 16, seeded(t))
-	p := s.service("", "strace", "-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_enter=2000000:when=20..60+20")
+	p := s.service("", "strace", "-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_enter=2000000:when=10..30+10")
 	s.working(p, 200)
 	s.settled()
 }

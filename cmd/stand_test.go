@@ -25,7 +25,6 @@ import (
 	"github.com/dstm-project/dstm/internal/pki"
 	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/lease"
-	"github.com/dstm-project/dstm/lease/replica"
 	"github.com/dstm-project/dstm/leasesvc/leaseclient"
 )
 
@@ -167,73 +166,6 @@ func (s *stand) connTo(role tlsid.Role, name string, at ...netip.AddrPort) *leas
 	return c
 }
 
-// gatewayAddr is where each gateway finds the service in a namespace where they can be cut off.
-var gatewayAddr = map[string]string{"tep1": "2001:db8::11", "tep2": "2001:db8::12"}
-
-// off takes a gateway off the power for good: it forwards nothing any more, and nobody is told.
-func (s *stand) off(name string) {
-	s.gone[name]()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.tables, name)
-}
-
-// gateway follows the service from now on, whenever there is one.
-func (s *stand) gateway(name string) {
-	at := s.addrs
-	if os.Getenv("DSTM_PARTITION") == "1" {
-		at = []netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr(gatewayAddr[name]), at[0].Port())}
-	}
-	c := s.connTo(tlsid.RoleTEP, name, at...)
-	ctx, cancel := context.WithCancel(s.ctx)
-	s.gone[name] = cancel
-	s.tables[name] = map[lease.Resource]lease.Binding{}
-	r := replica.New(replica.Config{TEP: name, Instance: "1"})
-	begin := time.Now()
-	now := func() uint64 { return uint64(time.Since(begin)) + 1 }
-	s.wg.Go(func() {
-		defer cancel()
-		for ctx.Err() == nil {
-			y, err := c.Sync(ctx, func() lease.Hello { return r.Hello(now()) })
-			if err != nil {
-				time.Sleep(10 * time.Millisecond)
-				continue
-			}
-			s.follow(name, r, y, now)
-			y.Close()
-		}
-	})
-}
-
-func (s *stand) follow(name string, r *replica.Replica, y *leaseclient.Sync, now func() uint64) {
-	for {
-		m, err := y.Recv()
-		if err != nil {
-			return
-		}
-		var out replica.Out
-		switch m := m.(type) {
-		case lease.SessionReply:
-			out, err = r.Session(m, now())
-		case lease.SnapshotChunk:
-			out, err = r.Snapshot(m)
-		case lease.Batch:
-			out, err = r.Batch(m)
-		}
-		if err != nil {
-			s.fail("gateway %s: %v", name, err)
-			return
-		}
-		if out.Change != nil {
-			s.install(name, out.Change)
-			out = r.Applied(out.Change.Rev)
-		}
-		if out.Ack != nil && y.Ack(*out.Ack) != nil {
-			return
-		}
-	}
-}
-
 // violated notes that a rule was broken. The caller holds mu.
 func (s *stand) violated(format string, args ...any) {
 	s.broken = append(s.broken, fmt.Sprintf(format, args...))
@@ -258,30 +190,6 @@ func (s *stand) kept() {
 		s.t.Error(text)
 	}
 	s.broken = nil
-}
-
-// install is the packet path of a gateway. No other gateway may forward for another holder of what it takes (I1).
-func (s *stand) install(name string, ch *replica.Change) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	table, ok := s.tables[name]
-	if !ok { // it is off
-		return
-	}
-	if ch.Replace {
-		clear(table)
-	}
-	for _, r := range ch.Deletes {
-		delete(table, r)
-	}
-	for _, b := range ch.Upserts {
-		for other, t := range s.tables {
-			if o, ok := t[b.Resource]; ok && o.Gen < b.Gen {
-				s.violated("gateway %s forwards %s for generation %s while %s does for %s", name, b.Resource, b.Gen, other, o.Gen)
-			}
-		}
-		table[b.Resource] = b
-	}
 }
 
 // host binds, binds again and releases from now on.

@@ -192,9 +192,9 @@ func kernelLease(ctx context.Context, t *testing.T, a *Agent, w *world) {
 	first := make(chan error, 1) // a connection that starts the lease and never gets an answer
 	go func() { first <- dialError(ctx, "203.0.113.99:80") }()
 	eventually(t, "lease for the first packet", func() bool { return a.Status().State == "held" })
-	if got, want := command(t, "ip -4 route show default"), "default dev dstm0 proto 213 scope link src 198.51.100.7 metric 4096"; got != want {
-		t.Errorf("default route %q, want %q", got, want)
-	}
+	eventually(t, "default route with the lease", func() bool { // the state comes first
+		return command(t, "ip -4 route show default") == "default dev dstm0 proto 213 scope link src 198.51.100.7 metric 4096"
+	})
 	u, err := net.Dial("udp4", "203.0.113.99:9")
 	if err != nil {
 		t.Fatal(err)

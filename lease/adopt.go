@@ -2,6 +2,7 @@ package lease
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 )
 
@@ -21,7 +22,7 @@ const unknownHost = "unknown@"
 func UnknownHost(source netip.Addr) string { return unknownHost + source.String() }
 
 func (c *Core) adopt(now Now, b Binding) {
-	i, ok := c.index(b.Resource)
+	i, ok := c.fit(now, b)
 	if !ok {
 		return
 	}
@@ -38,6 +39,48 @@ func (c *Core) adopt(now Now, b Binding) {
 		host += "/" + b.Resource.String()
 	}
 	c.hold(now, i, Bind{Host: host, Source: b.Host, MTU: b.MTU}, b.TEP, max(valid, c.restartGrace()))
+}
+
+// fit returns the entry of a lease that gateways hold. Where the store knows the address cut and gateways hold it whole, or
+// the other way round, the address changes, unless what is known of it is newer.
+func (c *Core) fit(now Now, b Binding) (int32, bool) {
+	if seeded("adopted beside port sets") {
+		return c.index(b.Resource)
+	}
+	w, ok := c.index(Whole(b.Addr))
+	if !ok || b.PSIDLen > 0 && b.PSIDLen != c.cfg.PSIDLen {
+		return 0, false
+	}
+	e := &c.entries[w]
+	switch {
+	case b.PSIDLen == 0 && e.cut:
+		sets := c.entries[e.other : e.other+1<<c.cfg.PSIDLen]
+		if slices.ContainsFunc(sets, func(s entry) bool { return s.gen >= b.Gen || s.state == Conflict }) {
+			return 0, false
+		}
+		for j := range sets {
+			c.vacate(now, e.other+int32(j)) // the last one makes the address whole
+		}
+	case b.PSIDLen > 0 && !e.cut:
+		if e.gen >= b.Gen || e.state == Conflict || e.excluded || c.fixedFor[w] != "" {
+			return 0, false
+		}
+		c.vacate(now, w)
+		c.cutUp(w)
+	}
+	return c.index(b.Resource)
+}
+
+// vacate ends whatever an address is in the middle of, for the same reason as supersede.
+func (c *Core) vacate(now Now, i int32) {
+	c.supersede(now, i, ReasonExpired)
+	switch c.entries[i].state {
+	case Free:
+	case Reserved:
+		c.unreserve(i)
+	default:
+		c.free(i)
+	}
 }
 
 // supersede ends what an address is in the middle of, with its audit record, because a newer lease of it takes its place

@@ -1,6 +1,7 @@
 package lease_test
 
 import (
+	"maps"
 	"net/netip"
 	"testing"
 	"time"
@@ -71,5 +72,102 @@ func TestAdopt(t *testing.T) {
 	// The others are leases as any: they end.
 	if a := c.Step(at(time.Hour), lease.Tick{}); len(a.Ended) != 6 {
 		t.Errorf("%d leases ended, want all 6", len(a.Ended))
+	}
+}
+
+// TestAdoptPortSets: the copy may know an address cut into port sets that gateways hold whole since, and the other way
+// round. What gateways forward for is leased to nobody else.
+func TestAdoptPortSets(t *testing.T) {
+	a := netip.MustParseAddr("198.51.100.0")
+	set := func(psid uint16) lease.Resource { return lease.Resource{Addr: a, PSIDLen: 2, PSID: psid} }
+	rec := func(r lease.Resource, s lease.State, rev lease.Rev, host string, source netip.Addr) lease.Address {
+		return lease.Address{Resource: r, State: s, Gen: lease.MakeGen(1, rev), Rev: rev, Host: host, Source: source, TEP: tepA, Valid: time.Minute}
+	}
+	held := func(r lease.Resource, rev lease.Rev, source netip.Addr) lease.Adopt {
+		return lease.Adopt{Binding: lease.Binding{Resource: r, Host: source, TEP: tepA, Gen: lease.MakeGen(1, rev)}}
+	}
+	for _, tt := range []struct {
+		name   string
+		copied []lease.Address
+		adopts []lease.Adopt // newest first
+		want   map[lease.Resource]netip.Addr
+	}{
+		{
+			"whole since",
+			[]lease.Address{rec(set(1), lease.Bound, 5, "x", srcA), rec(set(2), lease.Hold, 6, "y", srcB)},
+			[]lease.Adopt{held(lease.Whole(a), 20, srcC)},
+			map[lease.Resource]netip.Addr{lease.Whole(a): srcC},
+		},
+		{
+			"cut since",
+			[]lease.Address{rec(lease.Whole(a), lease.Bound, 5, "x", srcA)},
+			[]lease.Adopt{held(set(3), 21, srcC), held(set(0), 20, srcB)},
+			map[lease.Resource]netip.Addr{set(3): srcC, set(0): srcB},
+		},
+		{
+			"cut since, never leased before", nil,
+			[]lease.Adopt{held(set(3), 21, srcC)},
+			map[lease.Resource]netip.Addr{set(3): srcC},
+		},
+		{
+			"cut, and whole before that", nil,
+			[]lease.Adopt{held(set(3), 21, srcC), held(lease.Whole(a), 20, srcB)},
+			map[lease.Resource]netip.Addr{set(3): srcC},
+		},
+		{
+			"whole, and cut before that", nil,
+			[]lease.Adopt{held(lease.Whole(a), 21, srcC), held(set(3), 20, srcB)},
+			map[lease.Resource]netip.Addr{lease.Whole(a): srcC},
+		},
+		{
+			"cut already when it was copied",
+			[]lease.Address{rec(set(1), lease.Bound, 5, "x", srcA)},
+			[]lease.Adopt{held(lease.Whole(a), 4, srcC)},
+			map[lease.Resource]netip.Addr{set(1): srcA},
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cfg := config("198.51.100.0/32")
+			cfg.PSIDLen = 2
+			c, err := lease.NewCore(cfg, lease.NewCell(2, 10, 0), at(0), tt.copied)
+			if err != nil {
+				t.Fatal(err)
+			}
+			last := lease.Rev(10)
+			for _, ev := range tt.adopts {
+				for _, cm := range c.Step(at(0), ev).Commits {
+					if cm.Rev != last+1 {
+						t.Errorf("revision %d after %d", cm.Rev, last)
+					}
+					last = cm.Rev
+				}
+			}
+			got := map[lease.Resource]netip.Addr{}
+			for b := range c.Bindings() {
+				got[b.Resource] = b.Host
+			}
+			if !maps.Equal(got, tt.want) {
+				t.Errorf("leased are %v, want %v", got, tt.want)
+			}
+			// Others get the rest of the address, if anything, and it all comes back.
+			for i := range 5 {
+				c.Step(at(0), lease.Bind{Host: string(rune('A' + i)), Source: netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, 15: byte(0x40 + i)}), PortSet: true})
+			}
+			seen := []lease.Resource{}
+			for b := range c.Bindings() {
+				for _, r := range seen {
+					if r.Overlaps(b.Resource) {
+						t.Errorf("%s and %s are leased at once", r, b.Resource)
+					}
+				}
+				seen = append(seen, b.Resource)
+			}
+			c.Step(at(time.Hour), lease.Tick{})
+			c.Step(at(time.Hour), lease.FenceTo{Rev: lease.MaxRev})
+			c.Step(at(2*time.Hour), lease.Tick{})
+			if st := c.Stats(); st != (lease.Stats{Size: 1, Free: 1}) {
+				t.Errorf("after all leases: %+v", st)
+			}
+		})
 	}
 }

@@ -36,7 +36,6 @@ type FenceSet struct {
 	head  Rev
 	due   Rev    // the newest revision that was published MaxLag ago or earlier
 	marks []mark // publication times of later revisions, oldest first
-	rules fenceRules
 }
 
 type member struct {
@@ -47,6 +46,8 @@ type member struct {
 	deadline time.Duration // later than any the gateway can reach by itself
 	silent   time.Duration // later than any grant of the service
 	long     time.Duration // later than every grant longer than the present ones
+	before   bool          // it may still go by a reply of before the start
+	far      time.Duration // later than what it can reach by a D longer than the present one
 	fenced   fenceCause
 	echo     uint64  // ServiceNS that it echoed last, in this session
 	replies  []reply // from the last one that it is known to have received on
@@ -68,21 +69,6 @@ const (
 	byOrder              // an operator vouches that it is off
 )
 
-// fenceRules are the conditions on a witness that the property tests weaken one at a time.
-type fenceRules struct {
-	member     func(t *member, w string) bool
-	echo       func(at uint64, silent time.Duration) bool
-	continuous func(session, horizon time.Duration) bool
-}
-
-func defaultFenceRules() fenceRules {
-	return fenceRules{
-		member:     func(t *member, w string) bool { return slices.Contains(t.Witnesses, w) },
-		echo:       func(at uint64, silent time.Duration) bool { return at-1 > uint64(silent) },
-		continuous: func(session, horizon time.Duration) bool { return session > horizon },
-	}
-}
-
 type mark struct {
 	rev Rev
 	at  time.Duration
@@ -95,11 +81,24 @@ type Member struct {
 	Session  uint64 // the newest session given out; sessions of one gateway only grow
 	// Horizon is the longest grant that may still run. It outlives a restart with a shorter one.
 	Horizon time.Duration
+	// FailStatic is the longest D that it was told and may still go by. It outlives a restart with a shorter one, too.
+	FailStatic time.Duration
 	// Question is where the gateway answers the questions of others (F9), an IPv6 address and a port; zero = nowhere.
 	Question netip.AddrPort
 	// Witnesses are the gateways, sorted, that may witness against this one: those in every list of others that it may
 	// act on (F9).
 	Witnesses []string
+}
+
+// Restored returns the record of a member as a store that was restored from a copy must take it. Since the copy was made the
+// gateway may have got longer grants and lists without those that are witnesses here: nobody may speak against it before it
+// has a list again, and its grants may run for failStatic.
+func (m Member) Restored(failStatic time.Duration) Member {
+	if seeded("witnesses of a copy") {
+		return m
+	}
+	m.Witnesses, m.Horizon, m.FailStatic = nil, max(m.Horizon, failStatic), max(m.FailStatic, failStatic)
+	return m
 }
 
 // TEPStatus is one member as operators see it.
@@ -125,11 +124,19 @@ func NewFenceSet(cfg FenceConfig, now time.Duration, head Rev, members ...Member
 	if cfg.Session == 0 || cfg.Session > cfg.FailStatic {
 		cfg.Session = cfg.FailStatic
 	}
-	f := &FenceSet{cfg: cfg, teps: map[string]*member{}, head: head, due: head, rules: defaultFenceRules()}
+	f := &FenceSet{cfg: cfg, teps: map[string]*member{}, head: head, due: head}
 	for _, m := range members {
 		granted := now + f.horizon(max(m.Horizon, cfg.Session))
+		if seeded("deadlines forgotten at the start") {
+			f.teps[m.TEP] = &member{Member: m}
+			continue
+		}
+		if seeded("shorter D at once") {
+			m.FailStatic = 0
+		}
+		deadline := now + f.horizon(max(m.Horizon, m.FailStatic, cfg.FailStatic))
 		f.teps[m.TEP] = &member{
-			Member: m, deadline: now + f.horizon(max(m.Horizon, cfg.FailStatic)), silent: granted, long: granted,
+			Member: m, deadline: deadline, silent: granted, long: granted, far: deadline, before: m.Question.IsValid() && !seeded("shorter session lease at once"),
 		}
 	}
 	return f
@@ -144,7 +151,7 @@ func (f *FenceSet) horizon(d time.Duration) time.Duration {
 func (f *FenceSet) Hello(now time.Duration, tep, instance string, question netip.AddrPort) Member {
 	m := f.teps[tep]
 	if m == nil {
-		m = &member{Member: Member{TEP: tep}, long: now}
+		m = &member{Member: Member{TEP: tep}, long: now, far: now}
 		f.teps[tep] = m
 	}
 	m.Session = max(m.Session, f.cfg.Epoch.sessions()) + 1
@@ -155,17 +162,21 @@ func (f *FenceSet) Hello(now time.Duration, tep, instance string, question netip
 	return m.Member
 }
 
-// grantable makes the member record cover the grant that would be made now, and returns that grant. One that cannot be
+// grantable makes the member record cover what would be granted now, and returns how long that is. One that cannot be
 // asked cannot ask either: it would stop after d when the service does, so it gets D, and no witness can speak against it.
 func (f *FenceSet) grantable(now time.Duration, m *member) time.Duration {
 	grant := f.cfg.Session
 	if !m.Question.IsValid() {
 		grant = f.cfg.FailStatic
 	}
-	if now > m.long {
+	if now > m.long && !m.before {
 		m.Horizon = 0 // whatever was granted for longer has passed
 	}
 	m.Horizon = max(m.Horizon, grant)
+	if now > m.far {
+		m.FailStatic = 0
+	}
+	m.FailStatic = max(m.FailStatic, f.cfg.FailStatic)
 	return grant
 }
 
@@ -188,13 +199,22 @@ func (f *FenceSet) Grant(now time.Duration, tep string, session uint64, last Rev
 	if err != nil {
 		return Granted{}, err
 	}
-	before := m.Horizon
+	if m.before && m.echo != 0 {
+		// It has a reply of ours now. Before, it may have gone on by the others' silence for as long as an older one said.
+		m.before, m.long = false, max(m.long, now+f.horizon(m.Horizon))
+	}
+	before, far := m.Horizon, m.FailStatic
 	grant := f.grantable(now, m)
-	m.fenced = notFenced
+	if !seeded("fenced for ever") {
+		m.fenced = notFenced
+	}
 	m.deadline = max(m.deadline, now+f.horizon(f.cfg.FailStatic))
 	m.silent = max(m.silent, now+f.horizon(grant))
 	if grant == m.Horizon {
 		m.long = m.silent
+	}
+	if m.FailStatic == f.cfg.FailStatic {
+		m.far = m.deadline
 	}
 	g := Granted{Session: grant, FailStatic: f.cfg.FailStatic, Floor: last, ServiceNS: uint64(now) + 1}
 	var names []string
@@ -205,7 +225,7 @@ func (f *FenceSet) Grant(now time.Duration, tep string, session uint64, last Rev
 		}
 	}
 	m.replies = append(m.replies, reply{session: session, at: g.ServiceNS, others: names})
-	if f.rewitness(m) || m.Horizon != before {
+	if f.rewitness(m) || m.Horizon != before || m.FailStatic != far {
 		rec := m.Member
 		g.Member = &rec
 	}
@@ -274,7 +294,13 @@ func (f *FenceSet) witness(t, w *member, continuous time.Duration) {
 	if t == w || t.fenced != notFenced || w.echo == 0 {
 		return
 	}
-	if f.rules.member(t, w.TEP) && f.rules.echo(w.echo, t.silent) && f.rules.continuous(continuous, f.horizon(t.Horizon)) {
+	horizon := f.horizon(t.Horizon)
+	if seeded("witness without a margin") {
+		horizon = t.Horizon
+	}
+	asked := slices.Contains(t.Witnesses, w.TEP) || seeded("any witness")
+	heard := w.echo-1 > uint64(t.silent) || seeded("witness that heard nothing since")
+	if asked && heard && (continuous > horizon || seeded("witness of a short session")) {
 		t.fenced = byWitness
 	}
 }

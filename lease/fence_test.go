@@ -27,7 +27,7 @@ func TestFenceSet(t *testing.T) {
 
 	now := horizon
 	m := f.Hello(now, "old", "y", netip.AddrPort{})
-	if want := (lease.Member{TEP: "old", Instance: "y", Session: 8, Horizon: d}); !reflect.DeepEqual(m, want) {
+	if want := (lease.Member{TEP: "old", Instance: "y", Session: 8, Horizon: d, FailStatic: d}); !reflect.DeepEqual(m, want) {
 		t.Errorf("member %+v, want %+v", m, want)
 	}
 	g, err := f.Grant(now, "old", 8, 10)
@@ -79,6 +79,63 @@ func TestShorterFailStatic(t *testing.T) {
 	}
 	if m = f.Hello(at, "tep1", "a", netip.AddrPort{}); m.Horizon != short {
 		t.Errorf("horizon %s after every grant, want %s", m.Horizon, short)
+	}
+}
+
+// TestShorterD: a gateway that asks others goes on for the D that it was told, whatever a restart of the service makes of it.
+func TestShorterD(t *testing.T) {
+	const long, short, d = 4 * time.Hour, 10 * time.Minute, 30 * time.Second
+	q := netip.MustParseAddrPort("[2001:db8:3::1]:3546")
+	f := lease.NewFenceSet(lease.FenceConfig{FailStatic: long, Session: d}, 0, 1)
+	m := f.Hello(0, "tep1", "a", q)
+	if _, err := f.Grant(0, "tep1", 1, 1); err != nil {
+		t.Fatal(err)
+	}
+	restarted := lease.FenceConfig{FailStatic: short, Session: d}
+	f = lease.NewFenceSet(restarted, 0, 1, m)
+	if got := f.Watermark(long - time.Second); got != 0 {
+		t.Errorf("the gateway may go on, yet revisions up to %d count as fenced", got)
+	}
+	if m = f.Hello(time.Minute, "tep1", "a", q); m.FailStatic != long || m.Horizon != d {
+		t.Errorf("D %s and horizon %s while the long one counts, want %s and %s", m.FailStatic, m.Horizon, long, d)
+	}
+	f = lease.NewFenceSet(restarted, 0, 1, m) // once more
+	if got := f.Watermark(long - time.Second); got != 0 {
+		t.Errorf("after the second restart revisions up to %d count as fenced", got)
+	}
+	at, _ := f.Next(0)
+	if m = f.Hello(at, "tep1", "a", q); m.FailStatic != short {
+		t.Errorf("D %s when the long one has passed, want %s", m.FailStatic, short)
+	}
+}
+
+// TestShorterSession: while a gateway may go by a reply of before a restart with a shorter session lease, no witness of a
+// session of the new length speaks against it.
+func TestShorterSession(t *testing.T) {
+	const long, short, D = time.Minute, 10 * time.Second, time.Hour
+	q := netip.MustParseAddrPort("[2001:db8:3::1]:3546")
+	known := lease.Member{TEP: "t", Session: 1, Horizon: long, Question: q, Witnesses: []string{"w"}}
+	f := lease.NewFenceSet(lease.FenceConfig{FailStatic: D, Session: short}, 0, 10, known)
+	at := 10 * time.Minute // until then it was cut off, and the others were silent
+	f.Hello(at, "w", "i", q)
+	session := f.Hello(at, "t", "i", q).Session
+	first, err := f.Grant(at, "t", session, 10)
+	if err != nil || first.Session != short {
+		t.Fatalf("grant %+v: %v", first, err)
+	}
+	at += time.Second
+	if _, err := f.Beat("t", lease.Heartbeat{Session: session, EchoServiceNS: first.ServiceNS}); err != nil {
+		t.Fatal(err)
+	}
+	if g, err := f.Grant(at, "t", session, 10); err != nil || len(g.Others) != 1 {
+		t.Fatalf("grant %+v: %v", g, err)
+	}
+	if got := f.Status(at)[0].Horizon; got != long {
+		t.Errorf("horizon %s just when it got the first reply, want %s", got, long)
+	}
+	at += long + time.Second
+	if _, err := f.Grant(at, "t", session, 10); err != nil || f.Status(at)[0].Horizon != short {
+		t.Errorf("horizon %s when the long one has passed: %v", f.Status(at)[0].Horizon, err)
 	}
 }
 
@@ -192,6 +249,24 @@ func TestWitness(t *testing.T) {
 			}
 			if got := len(f.Waiting(step.at, 10)) == 1; got != step.want {
 				t.Errorf("at %s: fenced %t, want %t", step.at, got, step.want)
+			}
+		}
+	})
+	t.Run("after a restore", func(t *testing.T) {
+		// Since the copy was made t may have been told to ask nobody.
+		known := lease.Member{TEP: "t", Session: 1, Horizon: d, Question: q, Witnesses: []string{"w"}}
+		f := lease.NewFenceSet(lease.FenceConfig{FailStatic: D, Session: d, Epoch: 2}, 0, 10, known.Restored(D), lease.Member{TEP: "w", Question: q}.Restored(D))
+		session := f.Hello(0, "w", "i", q).Session
+		for at := time.Duration(0); at < 10*d; at += d {
+			g, err := f.Grant(at, "w", session, 10)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := f.Beat("w", lease.Heartbeat{Session: session, EchoServiceNS: g.ServiceNS, ContinuousNS: uint64(at)}); err != nil {
+				t.Fatal(err)
+			}
+			if got := f.Waiting(at, 10); len(got) != 2 {
+				t.Fatalf("at %s only %v may forward", at, got)
 			}
 		}
 	})

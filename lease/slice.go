@@ -31,28 +31,6 @@ type Core struct {
 	forHost  map[int32]string    // RESERVED: for whom; REVOKING and HOLD: who takes it along under another identity
 	timers   timerHeap
 	out      Actions
-	rules    rules
-}
-
-// rules are the conditions that the property tests weaken one at a time, to see that they are noticed.
-type rules struct {
-	// fencedAt returns the revision that gateways must have applied before the address may leave REVOKING.
-	fencedAt func(*entry) Rev
-	// takesReserved says that a Bind may take the reservation of another host.
-	takesReserved bool
-	// writes says whether a renewal must be written: it promises more at once than any before it.
-	writes func(stored, valid time.Duration) bool
-	// newGen returns the generation of a bind.
-	newGen func(*Cell, Rev) Gen
-}
-
-func defaultRules() rules {
-	return rules{
-		fencedAt:      func(e *entry) Rev { return e.revokeRev },
-		takesReserved: true,
-		writes:        func(stored, valid time.Duration) bool { return stored < valid },
-		newGen:        func(c *Cell, r Rev) Gen { return MakeGen(c.epoch, r) },
-	}
 }
 
 // NewCore builds the core of a slice from the records that the store holds for it; none for a new one. See Loader.
@@ -86,7 +64,7 @@ func NewLoader(cfg Config, cell *Cell) (*Loader, error) {
 	}
 	c := &Core{
 		cfg: cfg, cell: cell, entries: make([]entry, 1<<(32-p.Bits())), fixed: map[string]int32{}, fixedFor: map[int32]string{},
-		reserved: map[string]int32{}, forHost: map[int32]string{}, rules: defaultRules(),
+		reserved: map[string]int32{}, forHost: map[int32]string{},
 		number: int32(len(cell.cores)), tep: bytes16(cfg.Pool.TEP),
 	}
 	c.timers.c = c
@@ -222,6 +200,10 @@ func (c *Core) place(now Now, i int32, grace time.Duration) {
 		// Whatever was promised was promised before this instant, for at most Valid. No clock is asked how long ago.
 		c.setTimer(i, now.Mono+max(grace, e.valid))
 	case Hold:
+		if seeded("hold-down forgotten at the start") {
+			e.state = Free
+			break
+		}
 		c.setTimer(i, now.Mono+c.cfg.Timers.HoldDown)
 	case Revoking, Free, Conflict:
 	default: // RESERVED is never stored; anything else was written by a newer version
@@ -349,6 +331,11 @@ func (c *Core) portSet() (int32, bool) {
 	if c.cfg.PSIDLen == 0 || i < 0 {
 		return 0, false
 	}
+	return c.cutUp(i), true
+}
+
+// cutUp cuts a FREE address into its port sets and returns the first.
+func (c *Core) cutUp(i int32) int32 {
 	c.unlink(i)
 	c.entries[i].cut = true
 	c.cut++
@@ -357,7 +344,7 @@ func (c *Core) portSet() (int32, bool) {
 		c.link(first + j)
 	}
 	c.entries[i].free = 1 << c.cfg.PSIDLen
-	return first, true
+	return first
 }
 
 // portSets makes the entries of an address's port sets, once, and returns the first.

@@ -40,7 +40,7 @@ func (c *Core) bind(now Now, ev Bind) {
 		c.out.Deny = ReasonQuota
 		return
 	}
-	if r, ok := c.cell.Where(ev.Host); ok {
+	if r, ok := c.cell.Where(ev.Host); ok && !seeded("second lease") {
 		i, here := c.index(r)
 		if !here { // the service asks the core that holds the lease; one lease per identity
 			c.out.Deny = ReasonQuota
@@ -159,7 +159,7 @@ func (c *Core) choose(ev Bind) (int32, bool) {
 		return i, true
 	}
 	short := ev.PortSet && c.short()
-	if i, ok := c.index(ev.Want); ok && c.entries[i].state == Free && c.takeable(i, ev) && (ev.Want.PSIDLen > 0 || !short) {
+	if i, ok := c.index(ev.Want); ok && (c.entries[i].state == Free || seeded("wanted before it is fenced")) && c.takeable(i, ev) && (ev.Want.PSIDLen > 0 || !short) {
 		return i, true
 	}
 	if short {
@@ -170,7 +170,7 @@ func (c *Core) choose(ev Bind) (int32, bool) {
 	if i := c.lists[Free].head; i >= 0 {
 		return i, true
 	}
-	if i := c.lists[Reserved].head; i >= 0 && c.rules.takesReserved {
+	if i := c.lists[Reserved].head; i >= 0 && !seeded("reservation binds others") {
 		return i, true
 	}
 	return 0, false
@@ -196,6 +196,8 @@ func (c *Core) takeable(i int32, ev Bind) bool {
 		return true
 	case e.state == Hold:
 		return c.isOf(i, ev.Host)
+	case e.state == Revoking:
+		return seeded("wanted before it is fenced") && c.resource(i) == ev.Want
 	}
 	return e.state == Reserved && c.forHost[i] == ev.Host
 }
@@ -227,7 +229,7 @@ func (c *Core) hold(now Now, i int32, ev Bind, tep netip.Addr, valid time.Durati
 	delete(c.forHost, i)
 	rev := c.cell.NextRev()
 	e.put(Address{
-		Gen: c.rules.newGen(c.cell, rev), Rev: rev,
+		Gen: c.newGen(rev), Rev: rev,
 		Host: ev.Host, Source: ev.Source, TEP: tep, MTU: ev.MTU, Trigger: ev.Trigger,
 		BoundAt: now.Wall, Valid: valid,
 	})
@@ -236,6 +238,14 @@ func (c *Core) hold(now Now, i int32, ev Bind, tep netip.Addr, valid time.Durati
 	c.push(Bound, i)
 	c.setTimer(i, now.Mono+valid)
 	c.commit(i, BindRecord(rev, c.binding(i)), true)
+}
+
+// newGen returns the generation of a lease that begins at a revision.
+func (c *Core) newGen(rev Rev) Gen {
+	if seeded("generation without revision") {
+		rev /= 16
+	}
+	return MakeGen(c.cell.epoch, rev)
 }
 
 // validity returns what a host gets when it asks for want: less when addresses run short, so that those of hosts that
@@ -263,7 +273,7 @@ func (c *Core) extend(now Now, i int32, want time.Duration, mtu uint16) {
 	moved := mtu != 0 && mtu != e.mtu
 	// A shorter validity never takes back what was promised before.
 	c.setTimer(i, max(e.at, now.Mono+valid))
-	if moved || c.rules.writes(e.valid, valid) {
+	if moved || e.valid < valid && !seeded("renewal not written") {
 		e.valid = max(e.valid, valid)
 		e.rev = c.cell.NextRev()
 		record := Record{Rev: e.rev}
@@ -294,14 +304,14 @@ func (c *Core) renew(now Now, ev Renew) {
 	}
 	e := &c.entries[i]
 	switch {
-	case e.gen != ev.Ref.Gen || e.host != ev.Host:
+	case (e.gen != ev.Ref.Gen || e.host != ev.Host) && !seeded("renewal of whatever there is"):
 		c.out.Deny = ReasonStaleGeneration
 	case e.state != Bound:
 		c.out.Deny = e.end
 		if e.end == ReasonNone {
 			c.out.Deny = ReasonStaleGeneration
 		}
-	case e.source != bytes16(ev.Source) || e.tep != c.tep:
+	case (e.source != bytes16(ev.Source) || e.tep != c.tep) && !seeded("renewal of whatever there is"):
 		c.out.Deny = ReasonMoved
 	default:
 		c.extend(now, i, ev.Valid, ev.MTU)
@@ -373,12 +383,19 @@ func (c *Core) fenceTo(now Now, fenced Rev) {
 	for i := c.lists[Revoking].head; i >= 0; {
 		e := &c.entries[i]
 		next := e.next
-		if c.rules.fencedAt(e) > fenced {
+		rev := e.revokeRev
+		if seeded("fence by generation") {
+			rev = e.gen.Rev()
+		}
+		if rev > fenced {
 			return
 		}
 		c.pull(i)
 		e.rev = c.cell.NextRev()
 		e.fenced = nanos(now.Wall)
+		if seeded("fenced when revoked") {
+			e.fenced = e.unbound
+		}
 		c.push(Hold, i)
 		c.setTimer(i, now.Mono+c.cfg.Timers.HoldDown)
 		c.commit(i, Record{Rev: e.rev}, true)
@@ -400,14 +417,20 @@ func (c *Core) tick(now Now) {
 		case Bound:
 			c.end(now, i, ReasonExpired)
 		case Hold:
-			c.pull(i)
-			e.rev = c.cell.NextRev()
-			c.push(Free, i)
-			c.commit(i, Record{Rev: e.rev}, false)
+			c.free(i)
 		case Free, Revoking, Conflict: // have no timer
 			c.clearTimer(i)
 		}
 	}
+}
+
+// free makes an address FREE that was leased.
+func (c *Core) free(i int32) {
+	e := &c.entries[i]
+	c.pull(i)
+	e.rev = c.cell.NextRev()
+	c.push(Free, i)
+	c.commit(i, Record{Rev: e.rev}, false)
 }
 
 // reserve takes the host's last address, or the one free longest, if there is any.
@@ -425,7 +448,9 @@ func (c *Core) reserve(now Now, host string) {
 		c.reserved[host] = i
 		c.push(Reserved, i)
 	}
-	c.setTimer(i, now.Mono+c.cfg.Timers.Reservation)
+	if !seeded("reservation without end") {
+		c.setTimer(i, now.Mono+c.cfg.Timers.Reservation)
+	}
 }
 
 func (c *Core) unreserve(i int32) {

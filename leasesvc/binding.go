@@ -77,7 +77,10 @@ func (a hostsAPI) Bind(ctx context.Context, m *leasev1.BindRequest) (*leasev1.Le
 	if ans.wait != 0 {
 		// The host comes back to its address, or takes it along: once no gateway forwards for the lease before.
 		ev.Hurry = !a.s.awaitFence(ctx, ans.wait)
-		ans = a.s.bind(ctx, id, ev, true)
+		if ans = a.s.bind(ctx, id, ev, true); ans.wait != 0 { // another Bind of this host came in between, or the fence went back
+			ev.Hurry = true
+			ans = a.s.bind(ctx, id, ev, true)
+		}
 	}
 	return a.s.answered(ctx, c, ans, "bind")
 }
@@ -300,6 +303,7 @@ func (s *Server) again(ev lease.Bind, g given) *answer {
 			Ref: g.ref, Host: ev.Host, Source: ev.Source, TEP: c.Pool().TEP, Valid: g.valid, MTU: g.mtu,
 			Renewed: g.renewed, Rev: g.ref.Gen.Rev(),
 		}
+		ans.pending = s.barrier()
 	}
 	return ans
 }

@@ -1,6 +1,7 @@
 package leasesvc
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -22,12 +23,16 @@ type recovery struct {
 	held    map[lease.Resource]lease.Binding
 }
 
-// withAll adds the gateways of the configuration that a copy of the store may not know.
-func withAll(members []lease.Member, teps []string) []lease.Member {
-	for _, id := range teps {
+// restored returns the members of a fence set whose store is a copy: any gateway of the configuration may have joined since,
+// and those that the copy knows may have been told other things.
+func (c *Config) restored(members []lease.Member) []lease.Member {
+	for _, id := range c.TEPs {
 		if !slices.ContainsFunc(members, func(m lease.Member) bool { return m.TEP == id }) {
 			members = append(members, lease.Member{TEP: id})
 		}
+	}
+	for i := range members {
+		members[i] = members[i].Restored(c.Timers.FailStatic)
 	}
 	return members
 }
@@ -157,13 +162,16 @@ func (s *Server) recovered(now lease.Now) bool {
 		return false
 	}
 	var tx store.Tx
-	for _, b := range sorted(r.held) {
-		c := s.core(b.Resource)
+	for _, b := range newestFirst(r.held) {
+		c := s.core(lease.Whole(b.Addr)) // a port set may be of an address that is whole in the copy
 		if c == nil {
 			s.d.Log.Warn("a gateway holds an address of no pool", "addr", b.Resource.String())
 			continue
 		}
 		tx.Commits = append(tx.Commits, c.Step(now, lease.Adopt{Binding: b}).Commits...)
+	}
+	for _, t := range s.fence.Status(now.Mono) {
+		tx.Members = append(tx.Members, t.Member)
 	}
 	tx.Wall, tx.Recovered = now.Wall, true
 	s.pending = s.d.Store.Commit(tx)
@@ -172,12 +180,13 @@ func (s *Server) recovered(now lease.Now) bool {
 	return true
 }
 
-func sorted(held map[lease.Resource]lease.Binding) []lease.Binding {
+// newestFirst is the order of Adopt: where port sets of an address and the whole of it are held, the newer is in force.
+func newestFirst(held map[lease.Resource]lease.Binding) []lease.Binding {
 	out := make([]lease.Binding, 0, len(held))
 	for _, b := range held {
 		out = append(out, b)
 	}
-	slices.SortFunc(out, func(a, b lease.Binding) int { return a.Resource.Compare(b.Resource) })
+	slices.SortFunc(out, func(a, b lease.Binding) int { return cmp.Compare(b.Gen, a.Gen) })
 	return out
 }
 

@@ -45,6 +45,7 @@ type Server struct {
 	mu      sync.Mutex // everything below; held for steps, never while waiting
 	wall    time.Time  // newest wall time handed out
 	cell    *lease.Cell
+	loaded  lease.Rev     // the newest revision at the start: watchers get no older ones
 	cores   []*lease.Core // in the order of the configuration
 	usage   map[*lease.Core]*usage
 	fence   *lease.FenceSet
@@ -92,13 +93,13 @@ func New(ctx context.Context, cfg *Config, d Deps) (*Server, error) {
 	}
 	s.cluster, s.secret, s.wall = st.Cluster, st.Secret, st.Wall
 	now := s.now()
-	s.cell = lease.NewCell(st.Epoch, st.Last, cfg.Hosts.Per64)
+	s.loaded, s.cell = st.Last, lease.NewCell(st.Epoch, st.Last, cfg.Hosts.Per64)
 	if err := s.loadCores(ctx, now); err != nil {
 		return nil, err
 	}
 	members := st.Members
-	if st.Restored { // any gateway may have joined since the copy was made
-		members = withAll(members, cfg.TEPs)
+	if st.Restored {
+		members = cfg.restored(members)
 	}
 	s.fence = lease.NewFenceSet(cfg.fence(st.Epoch), now.Mono, st.Last, members...)
 	if err := s.commitPools(ctx, now, st.Pools); err != nil {
@@ -190,7 +191,11 @@ func (s *Server) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Actio
 	acts := c.Step(now, ev)
 	s.usage[c].note(now.Mono, c.Stats(), acts)
 	if len(acts.Commits) == 0 {
-		return acts, s.pending
+		switch ev.(type) {
+		case lease.Tick, lease.FenceTo, lease.Reserve: // nobody is answered
+			return acts, s.pending
+		}
+		return acts, s.barrier()
 	}
 	p := s.d.Store.Commit(store.Tx{Commits: acts.Commits, Wall: now.Wall})
 	s.pending = p
@@ -206,6 +211,10 @@ func (s *Server) step(now lease.Now, c *lease.Core, ev lease.Event) (lease.Actio
 	s.kick()
 	return acts, p
 }
+
+// barrier is what an answer waits for that needs no transaction of its own: a service that lost its store to a successor must
+// not speak of leases from memory. The caller holds mu.
+func (s *Server) barrier() *store.Pending { return s.d.Store.Commit(store.Tx{}) }
 
 // kick makes the sweeper look at its timers again.
 func (s *Server) kick() {

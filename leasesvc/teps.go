@@ -107,7 +107,7 @@ func (ss *session) open(ctx context.Context, h lease.Hello) (store.Watcher, erro
 	}
 	resume := h.HaveRev > 0 && h.Cluster == s.cluster && h.Epoch == s.cell.Epoch()
 	s.mu.Lock()
-	resume = resume && !s.resync[h.TEP] && h.HaveRev <= s.cell.Last()
+	resume = resume && !s.resync[h.TEP] && h.HaveRev >= s.loaded && h.HaveRev <= s.cell.Last()
 	delete(s.resync, h.TEP)
 	reply, upto, err := ss.grant(h.SentBootNS)
 	var t table

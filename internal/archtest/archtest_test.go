@@ -61,6 +61,7 @@ var onlyImporters = []struct {
 	{"go.etcd.io/etcd/server", []string{"leasesvc/store/etcdstore/etcdtest"}}, // members for tests
 	{"github.com/caddyserver/certmagic", []string{"internal/acme"}},
 	{"github.com/coredns", []string{"plugin/dstm", "cmd/coredns"}},
+	{"github.com/anishathalye/porcupine", []string{"lease/leasesim"}}, // which no program imports
 	{"github.com/spf13/cobra", []string{"cmd/dstm", "hack/man"}},
 }
 

@@ -35,17 +35,30 @@ func netnsOf(pid int) (ns netns, err error) {
 		return netns{}, os.NewSyscallError("fstat", err)
 	}
 	ns.Inode = st.Ino
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // for good: the thread ends with this function, so no other meets the namespace
+	err = inThread(func() (err error) {
 		if err := unix.Setns(int(f.Fd()), unix.CLONE_NEWNET); err != nil {
-			done <- os.NewSyscallError("setns", err)
-			return
+			return os.NewSyscallError("setns", err)
 		}
 		ns.Cookie, err = cookie()
-		done <- err
+		return err
+	})
+	return ns, err
+}
+
+// inThread calls f in a thread that ends with it, so that nothing else meets the namespace that f enters. It is not the
+// first thread of the process, which never ends and whose namespace is what others take for that of the process.
+func inThread(f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() { // kept busy, so that the next one cannot be it
+			done <- inThread(f)
+			runtime.UnlockOSThread()
+			return
+		}
+		done <- f()
 	}()
-	return ns, <-done
+	return <-done
 }
 
 // cookie returns the cookie of the network namespace of the calling thread (socket(7), SO_NETNS_COOKIE, Linux 5.14).

@@ -87,7 +87,7 @@ type Out struct {
 
 // Hello opens a new stream at the boot time given; every message of earlier streams is ignored from here on.
 func (r *Replica) Hello(bootNS uint64) lease.Hello {
-	r.session, r.snap, r.grants, r.refused = 0, nil, nil, false
+	r.session, r.snap, r.grants, r.refused = 0, nil, nil, r.refused && seeded("refused for ever")
 	r.hello, r.sent = bootNS, max(r.sent, bootNS)
 	r.static.began, r.static.echo = 0, 0
 	h := lease.Hello{
@@ -118,7 +118,7 @@ func (r *Replica) Session(m lease.SessionReply, bootNS uint64) (Out, error) {
 		return Out{}, nil
 	case m.Cluster == (lease.ClusterID{}):
 		return Out{}, fmt.Errorf("session reply without a cluster id")
-	case r.cluster != (lease.ClusterID{}) && m.Cluster != r.cluster:
+	case r.cluster != (lease.ClusterID{}) && m.Cluster != r.cluster && !seeded("any cluster"):
 		return Out{}, fmt.Errorf("session reply of cluster %x, this gateway follows cluster %x", m.Cluster, r.cluster)
 	case m.Epoch < r.epoch:
 		return Out{}, fmt.Errorf("session reply of epoch %d, this gateway is in epoch %d", m.Epoch, r.epoch)
@@ -134,6 +134,9 @@ func (r *Replica) Session(m lease.SessionReply, bootNS uint64) (Out, error) {
 		if !r.whole {
 			out.Ack = &lease.Ack{Session: r.session, Applied: r.applied}
 		}
+	}
+	if seeded("deadline from the receipt") {
+		m.EchoBootNS = bootNS
 	}
 	if m.EchoBootNS+m.GrantNS > m.EchoBootNS { // neither zero nor beyond what 64 bits hold
 		r.grants = append(r.grants, grant{floor: m.Floor, deadline: m.EchoBootNS + m.GrantNS})
@@ -151,7 +154,7 @@ func (r *Replica) extend() uint64 {
 	moved := uint64(0)
 	r.grants = slices.DeleteFunc(r.grants, func(g grant) bool {
 		// While only a snapshot helps, applied counts for a table that is in doubt.
-		if r.whole || r.applied < g.floor {
+		if r.whole || r.applied < g.floor && !seeded("floor ignored") {
 			return false
 		}
 		if g.deadline > r.deadline {
@@ -167,7 +170,8 @@ func (r *Replica) Batch(b lease.Batch) (Out, error) {
 	if b.Session != r.session || r.session == 0 || r.refused {
 		return Out{}, nil
 	}
-	if r.whole || r.snap != nil || b.From != r.have+1 || b.To < b.From || b.To > lease.MaxRev {
+	follows := b.From == r.have+1 || b.From > r.have && seeded("gap in the records")
+	if r.whole || r.snap != nil || !follows || b.To < b.From || b.To > lease.MaxRev {
 		return Out{}, r.doubt(fmt.Errorf("batch of revisions %d to %d, expected one from %d (whole table needed: %t)", b.From, b.To, r.have+1, r.whole || r.snap != nil))
 	}
 	last := b.From

@@ -70,6 +70,14 @@ func (s *snapshot) add(rec lease.Record) error {
 
 func (r *Replica) install(s *snapshot) {
 	r.snap, r.whole = nil, false
+	if seeded("snapshot merged") {
+		for res, b := range r.table {
+			if _, ok := s.seen[res]; !ok {
+				s.seen[res] = b
+				s.order = append(s.order, b)
+			}
+		}
+	}
 	r.table, r.pools, r.digest = s.seen, map[string]lease.Pool{}, 0
 	for _, b := range s.order {
 		r.digest.AddBinding(b)

@@ -56,7 +56,9 @@ func (r *Replica) Asked(bootNS uint64) (quiet bool) {
 	if !r.static.quiet(bootNS) {
 		return false
 	}
-	r.static.began = 0
+	if !seeded("quiet and in session") {
+		r.static.began = 0
+	}
 	return true
 }
 
@@ -70,7 +72,7 @@ type Question struct {
 // has passed. Without others there is nobody to ask, and Out extends the deadline at once.
 func (r *Replica) Ask(bootNS uint64) (Question, Out) {
 	s := &r.static
-	if s.heard == 0 || !s.quiet(bootNS) || bootNS > r.deadline || bootNS > s.limit {
+	if s.heard == 0 || !s.quiet(bootNS) || bootNS > r.deadline && !seeded("back after the deadline") || bootNS > s.limit {
 		return Question{}, Out{}
 	}
 	s.asked, s.wait = bootNS, map[string]bool{}
@@ -86,7 +88,8 @@ func (r *Replica) Ask(bootNS uint64) (Question, Out) {
 // Answer takes what another gateway said to the question sent at a boot time.
 func (r *Replica) Answer(tep string, sent uint64, quiet bool, bootNS uint64) Out {
 	s := &r.static
-	if sent == 0 || sent != s.asked || !s.wait[tep] {
+	stranger := !s.wait[tep]
+	if sent == 0 || sent != s.asked && !seeded("answer to an earlier question") || stranger && !seeded("answer of a stranger") {
 		return Out{}
 	}
 	if !quiet {
@@ -94,7 +97,7 @@ func (r *Replica) Answer(tep string, sent uint64, quiet bool, bootNS uint64) Out
 		return Out{}
 	}
 	delete(s.wait, tep)
-	if len(s.wait) > 0 {
+	if open := len(s.wait); open > 1 || open == 1 && !stranger && !seeded("counts itself") {
 		return Out{}
 	}
 	s.alone = false
@@ -106,8 +109,14 @@ func (r *Replica) Answer(tep string, sent uint64, quiet bool, bootNS uint64) Out
 func (r *Replica) goOn(bootNS uint64) Out {
 	s := &r.static
 	to := min(s.asked+s.grant, s.limit)
+	if seeded("from the answer") {
+		to = min(bootNS+s.grant, s.limit)
+	}
+	if seeded("without end") {
+		to = s.asked + s.grant
+	}
 	s.asked, s.wait = 0, nil
-	if bootNS > r.deadline || to <= r.deadline {
+	if bootNS > r.deadline && !seeded("back after the deadline") || to <= r.deadline {
 		return Out{}
 	}
 	r.deadline = to

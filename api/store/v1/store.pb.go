@@ -721,6 +721,7 @@ type Member struct {
 	HorizonMs     uint64                 `protobuf:"varint,3,opt,name=horizon_ms,json=horizonMs,proto3" json:"horizon_ms,omitempty"` // the longest grant that may still run; 0 = not known
 	Question      []byte                 `protobuf:"bytes,4,opt,name=question,proto3" json:"question,omitempty"`                     // where it answers other gateways: address (16 bytes) and port (2), network order; empty = nowhere
 	Witnesses     []string               `protobuf:"bytes,5,rep,name=witnesses,proto3" json:"witnesses,omitempty"`
+	FailStaticMs  uint64                 `protobuf:"varint,6,opt,name=fail_static_ms,json=failStaticMs,proto3" json:"fail_static_ms,omitempty"` // the longest D that it was told and may still go by; 0 = not known
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -788,6 +789,13 @@ func (x *Member) GetWitnesses() []string {
 		return x.Witnesses
 	}
 	return nil
+}
+
+func (x *Member) GetFailStaticMs() uint64 {
+	if x != nil {
+		return x.FailStaticMs
+	}
+	return 0
 }
 
 type Pool struct {
@@ -916,14 +924,15 @@ const file_dstm_store_v1_store_proto_rawDesc = "" +
 	"\n" +
 	"AuditLease\x12\x18\n" +
 	"\aunbound\x18\x01 \x01(\x04R\aunbound\x12\x16\n" +
-	"\x06fenced\x18\x02 \x01(\x04R\x06fenced\"\x97\x01\n" +
+	"\x06fenced\x18\x02 \x01(\x04R\x06fenced\"\xbd\x01\n" +
 	"\x06Member\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x18\n" +
 	"\asession\x18\x02 \x01(\x04R\asession\x12\x1d\n" +
 	"\n" +
 	"horizon_ms\x18\x03 \x01(\x04R\thorizonMs\x12\x1a\n" +
 	"\bquestion\x18\x04 \x01(\fR\bquestion\x12\x1c\n" +
-	"\twitnesses\x18\x05 \x03(\tR\twitnesses\"D\n" +
+	"\twitnesses\x18\x05 \x03(\tR\twitnesses\x12$\n" +
+	"\x0efail_static_ms\x18\x06 \x01(\x04R\ffailStaticMs\"D\n" +
 	"\x04Pool\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\fR\x06prefix\x12\x12\n" +
 	"\x04bits\x18\x02 \x01(\rR\x04bits\x12\x10\n" +

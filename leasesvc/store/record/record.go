@@ -148,6 +148,7 @@ func DecodeAddress(k, v []byte) (lease.Address, error) {
 func EncodeMember(m lease.Member) *storev1.Member {
 	rec := &storev1.Member{
 		Instance: m.Instance, Session: m.Session, HorizonMs: uint64(m.Horizon.Milliseconds()), Witnesses: m.Witnesses,
+		FailStaticMs: uint64(m.FailStatic.Milliseconds()),
 	}
 	if q := m.Question; q.IsValid() {
 		rec.Question = binary.BigEndian.AppendUint16(q.Addr().AsSlice(), q.Port())
@@ -163,6 +164,7 @@ func DecodeMember(k, v []byte) (lease.Member, error) {
 	}
 	out := lease.Member{
 		TEP: string(k), Instance: m.Instance, Session: m.Session, Horizon: duration(m.HorizonMs), Witnesses: m.Witnesses,
+		FailStatic: duration(m.FailStaticMs),
 	}
 	switch len(m.Question) {
 	case 0:

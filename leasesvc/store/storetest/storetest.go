@@ -52,7 +52,7 @@ var (
 	t0     = time.Unix(1_800_000_000, 0)
 	pool   = lease.Pool{Name: "main", Prefix: netip.MustParsePrefix("198.51.100.0/24"), TEP: tep}
 	member = lease.Member{
-		TEP: "tep1", Instance: "a", Session: 7, Horizon: 4 * time.Hour, Question: netip.MustParseAddrPort("[2001:db8:3::11]:3546"),
+		TEP: "tep1", Instance: "a", Session: 7, Horizon: 4 * time.Hour, FailStatic: 5 * time.Hour, Question: netip.MustParseAddrPort("[2001:db8:3::11]:3546"),
 		Witnesses: []string{"tep2", "tep3"},
 	}
 	same = cmp.Options{
