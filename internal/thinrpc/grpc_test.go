@@ -104,7 +104,7 @@ func TestStream(t *testing.T) {
 	w := newWorld(t)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	st, err := w.client(grpc.WithInitialWindowSize(64<<10)).Attend(ctx)
+	st, err := w.client(grpc.WithInitialWindowSize(64 << 10)).Attend(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}

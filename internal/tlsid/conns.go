@@ -194,7 +194,7 @@ func (c *Conns) ClientHandshake(ctx context.Context, authority string, raw net.C
 
 // Info implements credentials.TransportCredentials.
 func (c *Conns) Info() credentials.ProtocolInfo {
-	return credentials.ProtocolInfo{SecurityProtocol: "tls", SecurityVersion: "1.3", ServerName: c.conf.ServerName}
+	return credentials.ProtocolInfo{SecurityProtocol: "tls"}
 }
 
 // Clone implements credentials.TransportCredentials. Connections are counted together.

@@ -208,12 +208,12 @@ func (m *material) due() (at time.Time) {
 
 // Revoked returns an error when a list in force takes a certificate back.
 func (s *Source) Revoked(c *x509.Certificate) error {
-	serial, issuer := string(c.SerialNumber.Bytes()), authority{string(c.RawIssuer), string(c.AuthorityKeyId)}
+	serial, issuer := c.SerialNumber.Bytes(), authority{string(c.RawIssuer), string(c.AuthorityKeyId)}
 	for of, l := range s.cur.Load().lists {
 		if of != issuer && (of.name != issuer.name || of.key != "" && issuer.key != "") {
 			continue
 		}
-		if _, ok := l.serials[serial]; ok {
+		if _, ok := l.serials[string(serial)]; ok {
 			return fmt.Errorf("certificate %x of %s is revoked", c.SerialNumber, c.Subject.CommonName)
 		}
 	}
