@@ -23,6 +23,7 @@ type conn struct {
 	peer *peer.Peer
 
 	turn     sync.WaitGroup // of what is done aside
+	call     func()         // the first that has come
 	dec      *hpack.Decoder
 	req      *request // whose header block is read
 	left     []byte   // the beginning of a frame
@@ -56,9 +57,19 @@ func newConn(s *Server, tls net.Conn, p *peer.Peer) *conn {
 	return c
 }
 
-// aside does something in another goroutine and waits for it.
+// aside does something in another goroutine and waits for it. The call that has come of it, if any, is answered by that
+// goroutine too, for which nobody waits here.
 func (c *conn) aside(f func() error) (err error) {
-	c.turn.Go(func() { err = f() })
+	c.turn.Add(1)
+	c.s.do(func() {
+		err = f()
+		call := c.call
+		c.call = nil
+		c.turn.Done()
+		if call != nil {
+			call()
+		}
+	})
 	c.turn.Wait()
 	return err
 }

@@ -345,14 +345,22 @@ func (st *Stream) ended() error {
 		st.finish(status.Error(codes.Internal, "call without a message"))
 		return nil
 	}
-	st.c.s.wg.Go(func() {
+	c := st.c
+	c.s.wg.Add(1)
+	answer := func() {
+		defer c.s.wg.Done()
 		reply, err := st.unary(decoder(b[5:]))
 		if err != nil {
 			st.finish(err)
 			return
 		}
 		_ = st.send(reply, true) // an error ends the call or the connection
-	})
+	}
+	if c.call == nil {
+		c.call = answer
+	} else {
+		c.s.do(answer)
+	}
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/credentials"
@@ -46,6 +47,10 @@ type Server struct {
 	conf  Config
 	start time.Time
 	bufs  sync.Pool
+	work  chan func() // to idle workers
+	quit  chan struct{}
+	idle  atomic.Int64   // workers
+	hands sync.WaitGroup // of the workers
 
 	mu    sync.Mutex
 	conns map[*conn]struct{}
@@ -55,7 +60,7 @@ type Server struct {
 
 // New returns a server without connections. Run it.
 func New(c Config) *Server {
-	s := &Server{conf: c, start: time.Now(), conns: map[*conn]struct{}{}}
+	s := &Server{conf: c, start: time.Now(), conns: map[*conn]struct{}{}, work: make(chan func()), quit: make(chan struct{})}
 	s.bufs.New = func() any { return new([readSize]byte) }
 	return s
 }
@@ -82,12 +87,37 @@ func (s *Server) Serve(raw *Raw, tls net.Conn, auth credentials.AuthInfo) {
 	if raw.thin() != nil {
 		return
 	}
-	// This goroutine only waits, so that its stack stays the smallest there is: what has to be done is done by another one,
-	// which lives no longer than that.
+	// This goroutine only waits, so that its stack stays the smallest there is: what has to be done is done by another one.
 	for err := c.aside(c.begin); err == nil; err = c.aside(c.drain) {
 		if raw.wait() != nil {
 			return
 		}
+	}
+}
+
+// maxIdle is how many workers wait for work at most.
+const maxIdle = 64
+
+// do runs f in another goroutine: an idle one if there is one, whose stack has grown to what calls need already.
+func (s *Server) do(f func()) {
+	select {
+	case s.work <- f:
+	default:
+		s.hands.Go(func() { s.worker(f) })
+	}
+}
+
+func (s *Server) worker(f func()) {
+	for f != nil {
+		f()
+		f = nil
+		if s.idle.Add(1) <= maxIdle {
+			select {
+			case f = <-s.work:
+			case <-s.quit:
+			}
+		}
+		s.idle.Add(-1)
 	}
 }
 
@@ -152,6 +182,8 @@ func (s *Server) stop(patience time.Duration) {
 		c.end()
 	}
 	s.wg.Wait()
+	close(s.quit)
+	s.hands.Wait()
 }
 
 var errEnded = errors.New("the connection has ended")
