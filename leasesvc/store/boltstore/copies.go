@@ -69,17 +69,20 @@ func (c *Copies) Register(r prometheus.Registerer) {
 	)
 }
 
+// settle is how long an overdue copy waits after a start: gateways and hosts come back then, and need disk and processor more.
+const settle = time.Minute
+
 // Run makes a copy whenever the newest is as old as Every. A copy that fails is logged and counted; the service goes on.
 func (c *Copies) Run(ctx context.Context, ready func()) error {
 	made, err := list(c.Dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("copies: %w", err)
 	}
-	wait := time.Duration(0)
+	wait := min(c.Every, settle)
 	if n := len(made); n > 0 {
 		at, _ := copyMade(made[n-1])
 		c.newest.Store(at.UnixNano())
-		wait = min(c.Every, max(0, c.Every-time.Since(at)))
+		wait = min(c.Every, max(settle, c.Every-time.Since(at)))
 	}
 	ready()
 	for {

@@ -49,15 +49,19 @@ func TestCopies(t *testing.T) {
 			t.Errorf("age %g without a copy, want +Inf", age)
 		}
 		stop := run(t, c)
-		time.Sleep(time.Minute)
+		time.Sleep(settle - time.Second)
+		if _, err := os.Stat(dir); !os.IsNotExist(err) {
+			t.Fatalf("a copy while a start is under way: %v", err)
+		}
+		time.Sleep(2 * time.Second)
 		if got := names(t, dir); len(got) != 1 {
 			t.Fatalf("copies %v after the start, want one", got)
 		}
 		time.Sleep(time.Hour)
 		made := names(t, dir)
 		age, failures := gauges(t, r)
-		if len(made) != 3 || age != 60 || failures != 0 {
-			t.Errorf("copies %v, the newest of %g s ago, %g failures: want 3, 60 and 0", made, age, failures)
+		if len(made) != 3 || age != 1 || failures != 0 {
+			t.Errorf("copies %v, the newest of %g s ago, %g failures: want 3, 1 and 0", made, age, failures)
 		}
 		if rep, err := Check(filepath.Join(dir, made[2]), nil); err != nil || rep.Last != 1 {
 			t.Errorf("copy at revision %d, %v", rep.Last, err)
@@ -68,8 +72,8 @@ func TestCopies(t *testing.T) {
 		r = prometheus.NewRegistry()
 		c.Register(r)
 		stop = run(t, c)
-		if age, _ := gauges(t, r); age != 60 {
-			t.Errorf("age %g s after the restart, want 60", age)
+		if age, _ := gauges(t, r); age != 1 {
+			t.Errorf("age %g s after the restart, want 1", age)
 		}
 		time.Sleep(13 * time.Minute)
 		if got := names(t, dir); !slices.Equal(got, made) {
@@ -77,8 +81,8 @@ func TestCopies(t *testing.T) {
 		}
 		breakDir(t, dir)
 		time.Sleep(20 * time.Minute)
-		if age, failures := gauges(t, r); age != 34*60 || failures != 2 {
-			t.Errorf("newest of %g s ago, %g failures: want 2040 and 2", age, failures)
+		if age, failures := gauges(t, r); age != 33*60+1 || failures != 2 {
+			t.Errorf("newest of %g s ago, %g failures: want 1981 and 2", age, failures)
 		}
 		stop()
 	})
