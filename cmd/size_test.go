@@ -167,7 +167,7 @@ func (p *place) follow(addr netip.AddrPort, n int) *replica.Replica {
 		p.t.Fatal(err)
 	}
 	defer s.Close()
-	path := map[lease.Resource]lease.Binding{}
+	path := make(map[lease.Resource]lease.Binding, n)
 	for {
 		m, err := s.Recv()
 		if err != nil {

@@ -81,11 +81,12 @@ type (
 	}
 	// SnapshotChunk is part of a whole table at Rev; it becomes authoritative with the last chunk.
 	SnapshotChunk struct {
-		Session uint64
-		Rev     Rev
-		Index   uint32
-		Last    bool
-		Records []Record
+		Session  uint64
+		Rev      Rev
+		Index    uint32
+		Last     bool
+		Records  []Record
+		Bindings uint32 // of all parts together, about; 0 = not known
 	}
 	// Batch carries every record with From <= rev <= To in order; without records it is progress.
 	Batch struct {

@@ -185,14 +185,14 @@ func (s *Server) table() table {
 }
 
 func (ss *session) snapshot(rev lease.Rev, t table) error {
-	records := t.pools
+	records, all := t.pools, uint32(len(t.bindings))
 	for index := uint32(0); ; index++ {
 		n := min(len(t.bindings), chunkRecords)
 		for _, b := range t.bindings[:n] {
 			records = append(records, lease.BindRecord(b.Gen.Rev(), b))
 		}
 		t.bindings = t.bindings[n:]
-		c := lease.SnapshotChunk{Session: ss.number, Rev: rev, Index: index, Last: len(t.bindings) == 0, Records: records}
+		c := lease.SnapshotChunk{Session: ss.number, Rev: rev, Index: index, Last: len(t.bindings) == 0, Records: records, Bindings: all}
 		ss.publish(rev)
 		if err := failpoint.Hit("tep-before-chunk"); err != nil {
 			return err

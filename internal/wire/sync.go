@@ -152,7 +152,7 @@ func SyncDown(m *leasev1.SyncDown) (any, error) {
 		}
 		return lease.SnapshotChunk{
 			Session: k.Snapshot.GetSession(), Rev: lease.Rev(k.Snapshot.GetRev()), Index: k.Snapshot.GetIndex(),
-			Last: k.Snapshot.GetLast(), Records: recs,
+			Last: k.Snapshot.GetLast(), Records: recs, Bindings: k.Snapshot.GetBindings(),
 		}, nil
 	case *leasev1.SyncDown_Batch:
 		recs, err := records(k.Batch.GetRecords())
@@ -270,7 +270,7 @@ func FromSessionReply(r lease.SessionReply) *leasev1.SyncDown {
 // FromSnapshotChunk encodes a part of a snapshot.
 func FromSnapshotChunk(c lease.SnapshotChunk) *leasev1.SyncDown {
 	return &leasev1.SyncDown{M: &leasev1.SyncDown_Snapshot{Snapshot: &leasev1.SnapshotChunk{
-		Session: c.Session, Rev: uint64(c.Rev), Index: c.Index, Last: c.Last, Records: fromRecords(c.Records),
+		Session: c.Session, Rev: uint64(c.Rev), Index: c.Index, Last: c.Last, Records: fromRecords(c.Records), Bindings: c.Bindings,
 	}}}
 }
 

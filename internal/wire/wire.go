@@ -170,19 +170,27 @@ func Binding(field string, m *leasev1.Binding) (lease.Binding, error) {
 	if m == nil {
 		return lease.Binding{}, fmt.Errorf("%s: not set", field)
 	}
-	res, err := Resource(field+".res", m.Res)
+	b, err := unnamedBinding(m)
+	if err != nil { // named only now: a table has a million of them
+		return lease.Binding{}, fmt.Errorf("%s.%w", field, err)
+	}
+	return b, nil
+}
+
+func unnamedBinding(m *leasev1.Binding) (lease.Binding, error) {
+	res, err := Resource("res", m.Res)
 	if err != nil {
 		return lease.Binding{}, err
 	}
-	host, err := Addr6(field+".host", m.Host)
+	host, err := Addr6("host", m.Host)
 	if err != nil {
 		return lease.Binding{}, err
 	}
-	tep, err := Addr6(field+".tep", m.Tep)
+	tep, err := Addr6("tep", m.Tep)
 	if err != nil {
 		return lease.Binding{}, err
 	}
-	mtu, err := MTU(field+".mtu", m.Mtu)
+	mtu, err := MTU("mtu", m.Mtu)
 	if err != nil {
 		return lease.Binding{}, err
 	}

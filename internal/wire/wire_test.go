@@ -43,7 +43,7 @@ func TestSyncRoundTrip(t *testing.T) {
 		}
 	}
 	reply := lease.SessionReply{Session: 1, EchoBootNS: 2, GrantNS: uint64(30 * time.Second), Floor: 4, Cluster: cluster, Epoch: 5, NextBeatNS: uint64(10 * time.Second), Lagging: true, ServiceNS: 77, FailStaticNS: uint64(4 * time.Hour), Others: []lease.Peer{{TEP: "tep2", Question: netip.MustParseAddrPort("[2001:db8:3::2]:3546")}}}
-	chunk := lease.SnapshotChunk{Session: 1, Rev: 11, Index: 2, Last: true, Records: recs}
+	chunk := lease.SnapshotChunk{Session: 1, Rev: 11, Index: 2, Last: true, Records: recs, Bindings: 7}
 	batch := lease.Batch{Session: 1, From: 9, To: 11, Records: recs}
 	for _, c := range []struct {
 		m    *leasev1.SyncDown

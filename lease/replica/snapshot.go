@@ -15,6 +15,9 @@ type snapshot struct {
 	pools []lease.Pool
 }
 
+// maxRoom is for how many bindings room is made before they come.
+const maxRoom = 1 << 20
+
 // Snapshot takes a part of a whole table. With the last part the table at its revision is authoritative, whatever
 // generations it holds (F3).
 func (r *Replica) Snapshot(c lease.SnapshotChunk) (Out, error) {
@@ -22,7 +25,8 @@ func (r *Replica) Snapshot(c lease.SnapshotChunk) (Out, error) {
 		return Out{}, nil
 	}
 	if r.snap == nil {
-		r.snap = &snapshot{rev: c.Rev, seen: map[lease.Resource]lease.Binding{}}
+		room := min(c.Bindings, maxRoom)
+		r.snap = &snapshot{rev: c.Rev, seen: make(map[lease.Resource]lease.Binding, room), order: make([]lease.Binding, 0, room)}
 	}
 	s := r.snap
 	switch {
@@ -54,10 +58,10 @@ func (s *snapshot) add(rec lease.Record) error {
 	}
 	switch rec.Kind {
 	case lease.KindBind:
-		if old, ok := s.seen[rec.Bind.Resource]; ok {
-			return fmt.Errorf("snapshot at revision %d holds %s twice (%s, %s)", s.rev, old.Resource, old.Gen, rec.Bind.Gen)
-		}
 		s.seen[rec.Bind.Resource] = rec.Bind
+		if len(s.seen) == len(s.order) {
+			return fmt.Errorf("snapshot at revision %d holds %s twice", s.rev, rec.Bind.Resource)
+		}
 		s.order = append(s.order, rec.Bind)
 	case lease.KindPool:
 		if !rec.Pool.Removed {

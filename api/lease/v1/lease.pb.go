@@ -2948,6 +2948,7 @@ type SnapshotChunk struct {
 	Index         uint32                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`
 	Last          bool                   `protobuf:"varint,4,opt,name=last,proto3" json:"last,omitempty"`
 	Records       []*Record              `protobuf:"bytes,5,rep,name=records,proto3" json:"records,omitempty"`
+	Bindings      uint32                 `protobuf:"varint,6,opt,name=bindings,proto3" json:"bindings,omitempty"` // of all parts together, about, for the receiver to make room; 0 = not known
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3015,6 +3016,13 @@ func (x *SnapshotChunk) GetRecords() []*Record {
 		return x.Records
 	}
 	return nil
+}
+
+func (x *SnapshotChunk) GetBindings() uint32 {
+	if x != nil {
+		return x.Bindings
+	}
+	return 0
 }
 
 // Batch carries the records with rev_from <= rev <= rev_to in order. It never splits a revision; an empty one is progress.
@@ -4962,13 +4970,14 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\bquestion\x18\x02 \x01(\v2\x17.dstm.lease.v1.EndpointR\bquestion\"\x11\n" +
 	"\x0fQuestionRequest\"%\n" +
 	"\rQuestionReply\x12\x14\n" +
-	"\x05quiet\x18\x01 \x01(\bR\x05quiet\"\x96\x01\n" +
+	"\x05quiet\x18\x01 \x01(\bR\x05quiet\"\xb2\x01\n" +
 	"\rSnapshotChunk\x12\x18\n" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12\x10\n" +
 	"\x03rev\x18\x02 \x01(\x04R\x03rev\x12\x14\n" +
 	"\x05index\x18\x03 \x01(\rR\x05index\x12\x12\n" +
 	"\x04last\x18\x04 \x01(\bR\x04last\x12/\n" +
-	"\arecords\x18\x05 \x03(\v2\x15.dstm.lease.v1.RecordR\arecords\"\x84\x01\n" +
+	"\arecords\x18\x05 \x03(\v2\x15.dstm.lease.v1.RecordR\arecords\x12\x1a\n" +
+	"\bbindings\x18\x06 \x01(\rR\bbindings\"\x84\x01\n" +
 	"\x05Batch\x12\x18\n" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12\x19\n" +
 	"\brev_from\x18\x02 \x01(\x04R\arevFrom\x12\x15\n" +
