@@ -215,22 +215,7 @@ func (g *Gateway) Replace(_ context.Context, bs []lease.Binding) error {
 	if err != nil {
 		return err
 	}
-	want := make(map[bindingKey]bool, len(bs))
-	for _, b := range bs {
-		k, r := keyOf(b.Resource), recordOf(b)
-		want[k] = true
-		var have bindingRecord
-		if m.Lookup(k, &have) == nil {
-			r.LastSeen = have.LastSeen
-			if have == r {
-				continue
-			}
-		}
-		if err := m.Put(k, r); err != nil {
-			return fmt.Errorf("data path tc: put %s: %w", b.Resource, err)
-		}
-	}
-	if err := sweep(m, func(k bindingKey) bool { return want[k] }); err != nil {
+	if err := (table{m}).replace(bs); err != nil {
 		return err
 	}
 	return g.routes.replace(bs)
@@ -256,10 +241,7 @@ func (g *Gateway) entries() ([]dataplane.Entry, error) {
 		return nil, err
 	}
 	var out []dataplane.Entry
-	var k bindingKey
-	var r bindingRecord
-	it := m.Iterate()
-	for it.Next(&k, &r) {
+	err = table{m}.each(func(k bindingKey, r *bindingRecord) {
 		out = append(out, dataplane.Entry{
 			Binding: lease.Binding{
 				Resource: lease.Resource{Addr: netip.AddrFrom4(k.Addr), PSIDLen: k.PSIDLen, PSID: k.PSID},
@@ -267,9 +249,9 @@ func (g *Gateway) entries() ([]dataplane.Entry, error) {
 			},
 			LastSeen: time.Duration(r.LastSeen),
 		})
-	}
-	if err := it.Err(); err != nil {
-		return nil, fmt.Errorf("data path tc: %w", err)
+	})
+	if err != nil {
+		return nil, err
 	}
 	return out, nil
 }
