@@ -150,6 +150,9 @@ func SyncDown(m *leasev1.SyncDown) (any, error) {
 		if err != nil {
 			return nil, err
 		}
+		if recs, err = unpack(recs, k.Snapshot.GetPacked()); err != nil {
+			return nil, err
+		}
 		return lease.SnapshotChunk{
 			Session: k.Snapshot.GetSession(), Rev: lease.Rev(k.Snapshot.GetRev()), Index: k.Snapshot.GetIndex(),
 			Last: k.Snapshot.GetLast(), Records: recs, Bindings: k.Snapshot.GetBindings(),
@@ -269,8 +272,13 @@ func FromSessionReply(r lease.SessionReply) *leasev1.SyncDown {
 
 // FromSnapshotChunk encodes a part of a snapshot.
 func FromSnapshotChunk(c lease.SnapshotChunk) *leasev1.SyncDown {
+	n := len(c.Records)
+	for n > 0 && packs(c.Records[n-1]) {
+		n--
+	}
 	return &leasev1.SyncDown{M: &leasev1.SyncDown_Snapshot{Snapshot: &leasev1.SnapshotChunk{
-		Session: c.Session, Rev: uint64(c.Rev), Index: c.Index, Last: c.Last, Records: fromRecords(c.Records), Bindings: c.Bindings,
+		Session: c.Session, Rev: uint64(c.Rev), Index: c.Index, Last: c.Last, Records: fromRecords(c.Records[:n]), Bindings: c.Bindings,
+		Packed: pack(c.Records[n:]),
 	}}}
 }
 

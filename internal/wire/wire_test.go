@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/netip"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -44,15 +45,49 @@ func TestSyncRoundTrip(t *testing.T) {
 	}
 	reply := lease.SessionReply{Session: 1, EchoBootNS: 2, GrantNS: uint64(30 * time.Second), Floor: 4, Cluster: cluster, Epoch: 5, NextBeatNS: uint64(10 * time.Second), Lagging: true, ServiceNS: 77, FailStaticNS: uint64(4 * time.Hour), Others: []lease.Peer{{TEP: "tep2", Question: netip.MustParseAddrPort("[2001:db8:3::2]:3546")}}}
 	chunk := lease.SnapshotChunk{Session: 1, Rev: 11, Index: 2, Last: true, Records: recs, Bindings: 7}
+	part := binding
+	part.Resource.PSIDLen, part.Resource.PSID, part.MTU = 4, 11, 0
+	packed := lease.SnapshotChunk{Session: 1, Rev: 11, Records: []lease.Record{
+		lease.PoolRecord(11, pool, false), lease.BindRecord(8, binding), lease.BindRecord(9, binding), lease.BindRecord(9, part),
+	}}
+	if n := len(FromSnapshotChunk(packed).GetSnapshot().GetPacked()); n != 2*packedLen {
+		t.Errorf("%d bytes are packed, want two bindings, those behind the one of another revision", n)
+	}
 	batch := lease.Batch{Session: 1, From: 9, To: 11, Records: recs}
 	for _, c := range []struct {
 		m    *leasev1.SyncDown
 		want any
-	}{{FromSessionReply(reply), reply}, {FromSnapshotChunk(chunk), chunk}, {FromBatch(batch), batch}} {
+	}{{FromSessionReply(reply), reply}, {FromSnapshotChunk(chunk), chunk}, {FromSnapshotChunk(packed), packed}, {FromBatch(batch), batch}} {
 		var m leasev1.SyncDown
 		throughBytes(t, c.m, &m)
 		if got, err := SyncDown(&m); err != nil || !reflect.DeepEqual(got, c.want) {
 			t.Errorf("got %+v, %v, want %+v", got, err, c.want)
+		}
+	}
+}
+
+// TestPackedRefused: what does not fit the layout is an error that says where.
+func TestPackedRefused(t *testing.T) {
+	good := pack([]lease.Record{lease.BindRecord(9, binding)})
+	for _, c := range []struct {
+		at   int // of the byte that is set to 1; -1 = one byte is missing
+		want string
+	}{
+		{-1, "snapshot.packed: 99 bytes: want 50 for each binding"},
+		{packedLen + 4, ""}, // a psid_len of 1
+		{packedLen + 5, "snapshot.packed: binding 1: byte 5 is 1: want 0"},
+		{packedLen + 6, "snapshot.packed: binding 1: psid 256 does not fit into psid_len 0"},
+		{packedLen + 48, "snapshot.packed: binding 1: mtu"},
+	} {
+		p := append(slices.Clone(good), good...)
+		if c.at < 0 {
+			p = p[:len(p)-1]
+		} else {
+			p[c.at] = 1
+		}
+		_, err := SyncDown(&leasev1.SyncDown{M: &leasev1.SyncDown_Snapshot{Snapshot: &leasev1.SnapshotChunk{Packed: p}}})
+		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.HasPrefix(err.Error(), c.want)) {
+			t.Errorf("byte %d: error %v, want %q", c.at, err, c.want)
 		}
 	}
 }
@@ -136,6 +171,10 @@ func FuzzSyncDown(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(b)
+	if b, err = proto.Marshal(FromSnapshotChunk(lease.SnapshotChunk{Rev: 9, Records: []lease.Record{lease.BindRecord(9, binding)}})); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
 	f.Fuzz(func(t *testing.T, in []byte) {
 		var m leasev1.SyncDown
 		if proto.Unmarshal(in, &m) != nil {
@@ -153,6 +192,8 @@ func FuzzSyncDown(f *testing.F) {
 			again = FromSnapshotChunk(v)
 		case lease.Batch:
 			again = FromBatch(v)
+		case lease.Upload:
+			again = FromUpload()
 		}
 		if twice, err := SyncDown(again); err != nil || !reflect.DeepEqual(got, twice) {
 			t.Errorf("%+v came back as %+v, %v", got, twice, err)

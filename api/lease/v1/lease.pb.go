@@ -2942,13 +2942,16 @@ func (x *QuestionReply) GetQuiet() bool {
 
 // SnapshotChunk is part of a whole table at rev. It becomes authoritative with the last chunk.
 type SnapshotChunk struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Session       uint64                 `protobuf:"varint,1,opt,name=session,proto3" json:"session,omitempty"`
-	Rev           uint64                 `protobuf:"varint,2,opt,name=rev,proto3" json:"rev,omitempty"`
-	Index         uint32                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`
-	Last          bool                   `protobuf:"varint,4,opt,name=last,proto3" json:"last,omitempty"`
-	Records       []*Record              `protobuf:"bytes,5,rep,name=records,proto3" json:"records,omitempty"`
-	Bindings      uint32                 `protobuf:"varint,6,opt,name=bindings,proto3" json:"bindings,omitempty"` // of all parts together, about, for the receiver to make room; 0 = not known
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Session  uint64                 `protobuf:"varint,1,opt,name=session,proto3" json:"session,omitempty"`
+	Rev      uint64                 `protobuf:"varint,2,opt,name=rev,proto3" json:"rev,omitempty"`
+	Index    uint32                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`
+	Last     bool                   `protobuf:"varint,4,opt,name=last,proto3" json:"last,omitempty"`
+	Records  []*Record              `protobuf:"bytes,5,rep,name=records,proto3" json:"records,omitempty"`
+	Bindings uint32                 `protobuf:"varint,6,opt,name=bindings,proto3" json:"bindings,omitempty"` // of all parts together, about, for the receiver to make room; 0 = not known
+	// packed are bindings behind records, each as a record of its generation's revision would have it, 50 bytes in network byte
+	// order: IPv4 address 4, psid_len 1, zero 1, psid 2, generation 8, host 16, gateway 16, mtu 2. A table has a million of them.
+	Packed        []byte `protobuf:"bytes,7,opt,name=packed,proto3" json:"packed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3023,6 +3026,13 @@ func (x *SnapshotChunk) GetBindings() uint32 {
 		return x.Bindings
 	}
 	return 0
+}
+
+func (x *SnapshotChunk) GetPacked() []byte {
+	if x != nil {
+		return x.Packed
+	}
+	return nil
 }
 
 // Batch carries the records with rev_from <= rev <= rev_to in order. It never splits a revision; an empty one is progress.
@@ -4970,14 +4980,15 @@ const file_dstm_lease_v1_lease_proto_rawDesc = "" +
 	"\bquestion\x18\x02 \x01(\v2\x17.dstm.lease.v1.EndpointR\bquestion\"\x11\n" +
 	"\x0fQuestionRequest\"%\n" +
 	"\rQuestionReply\x12\x14\n" +
-	"\x05quiet\x18\x01 \x01(\bR\x05quiet\"\xb2\x01\n" +
+	"\x05quiet\x18\x01 \x01(\bR\x05quiet\"\xca\x01\n" +
 	"\rSnapshotChunk\x12\x18\n" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12\x10\n" +
 	"\x03rev\x18\x02 \x01(\x04R\x03rev\x12\x14\n" +
 	"\x05index\x18\x03 \x01(\rR\x05index\x12\x12\n" +
 	"\x04last\x18\x04 \x01(\bR\x04last\x12/\n" +
 	"\arecords\x18\x05 \x03(\v2\x15.dstm.lease.v1.RecordR\arecords\x12\x1a\n" +
-	"\bbindings\x18\x06 \x01(\rR\bbindings\"\x84\x01\n" +
+	"\bbindings\x18\x06 \x01(\rR\bbindings\x12\x16\n" +
+	"\x06packed\x18\a \x01(\fR\x06packed\"\x84\x01\n" +
 	"\x05Batch\x12\x18\n" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12\x19\n" +
 	"\brev_from\x18\x02 \x01(\x04R\arevFrom\x12\x15\n" +
