@@ -100,7 +100,7 @@ bench-kea: ## leases per second beside a Kea DHCPv6 server
 bench-size: ## restart, memory and a gateway's first table with 10 thousand to a million leases
 	@mkdir -p bin
 	$(GO) test ./lease -run '^$$' -bench Core -benchtime 1x -count 6 >bin/bench-size.txt
-	$(GO) test ./cmd -run '^$$' -bench Restart -benchtime 1x -count 6 >>bin/bench-size.txt
+	DSTM_TEST_ROOT=1 $(GO) test ./cmd -run '^$$' -bench Restart -benchtime 1x -count 6 >>bin/bench-size.txt
 	$(TOOL) benchstat bin/bench-size.txt
 
 .PHONY: bench-bgp

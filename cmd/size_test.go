@@ -17,6 +17,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dstm-project/dstm/dataplane"
+	"github.com/dstm-project/dstm/dataplane/dataplanetest"
+	"github.com/dstm-project/dstm/dataplane/tc"
 	"github.com/dstm-project/dstm/internal/pki"
 	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/lease"
@@ -26,8 +29,8 @@ import (
 	"github.com/dstm-project/dstm/leasesvc/store/boltstore"
 )
 
-// BenchmarkRestart starts the real lease service over a store with live leases, and gives a gateway, whose packet path is
-// a map in memory, the whole table. What it needs grows with the leases:
+// BenchmarkRestart starts the real lease service over a store with live leases, and gives a gateway with a packet path in the
+// kernel the whole table. What it needs grows with the leases:
 //
 //	ready-s     from the start of the process until it listens
 //	sync-s      from a gateway's call until the gateway has acknowledged the table
@@ -37,7 +40,7 @@ func BenchmarkRestart(b *testing.B) {
 	for _, n := range []int{10_000, 100_000, 1_000_000} {
 		b.Run(fmt.Sprintf("leases=%d", n), func(b *testing.B) {
 			p := newPlace(b)
-			addr := p.service(n)
+			addr, path := p.service(n), packetPath(b)
 			var ready, sync time.Duration
 			var rss, anon int
 			for b.Loop() {
@@ -53,10 +56,11 @@ func BenchmarkRestart(b *testing.B) {
 				listening(b, log)
 				ready += time.Since(begin)
 				begin = time.Now()
-				r := p.follow(addr, n)
+				r := p.follow(addr, path, n)
 				sync += time.Since(begin)
-				if got := r.Status().Bindings; got != n {
-					b.Errorf("the gateway holds %d bindings, want %d", got, n)
+				held, err := path.Entries(b.Context())
+				if got := r.Status().Bindings; got != n || len(held) != n || err != nil {
+					b.Errorf("the gateway holds %d bindings and its packet path %d, %v, want %d", got, len(held), err, n)
 				}
 				rss, anon = memory(b, c.Process.Pid)
 				_ = c.Process.Signal(syscall.SIGTERM)
@@ -145,8 +149,28 @@ func listening(t testing.TB, log io.Reader) {
 	t.Fatal("the program ended before it listened")
 }
 
+// packetPath returns a gateway's packet path in a namespace of its own, with nothing to forward.
+func packetPath(b *testing.B) dataplane.Gateway {
+	b.Helper()
+	dataplanetest.NeedRoot(b)
+	ns := dataplanetest.NewNamespace(b, "s")
+	ns.IP("link add uplink type veth peer name core", "link set uplink up", "link set core up")
+	var g *tc.Gateway
+	ns.Do(func() (err error) {
+		if g, err = tc.NewGateway(slog.New(slog.DiscardHandler)); err != nil {
+			return err
+		}
+		return g.Configure(b.Context(), dataplane.GatewayConfig{
+			Device: "dstm0", Uplinks: []string{"uplink"}, TEPs: []netip.Addr{netip.MustParseAddr("2001:db8:a::1")},
+			PinDir: dataplanetest.PinDir(b),
+		})
+	})
+	b.Cleanup(func() { _ = g.Close(false) })
+	return g
+}
+
 // follow is a gateway until it has acknowledged n bindings.
-func (p *place) follow(addr netip.AddrPort, n int) *replica.Replica {
+func (p *place) follow(addr netip.AddrPort, path dataplane.Gateway, n int) *replica.Replica {
 	p.t.Helper()
 	ctx, cancel := context.WithTimeout(p.t.Context(), 2*time.Minute)
 	defer cancel()
@@ -167,7 +191,6 @@ func (p *place) follow(addr netip.AddrPort, n int) *replica.Replica {
 		p.t.Fatal(err)
 	}
 	defer s.Close()
-	path := make(map[lease.Resource]lease.Binding, n)
 	for {
 		m, err := s.Recv()
 		if err != nil {
@@ -188,14 +211,17 @@ func (p *place) follow(addr netip.AddrPort, n int) *replica.Replica {
 		if out.Change == nil {
 			continue
 		}
-		for _, b := range out.Change.Upserts {
-			path[b.Resource] = b
+		if !out.Change.Replace {
+			p.t.Fatal("a table came in another way than as a whole")
+		}
+		if err := path.Replace(ctx, out.Change.Upserts); err != nil {
+			p.t.Fatal(err)
 		}
 		ack := r.Applied(out.Change.Rev).Ack
 		if err := s.Ack(*ack); err != nil {
 			p.t.Fatal(err)
 		}
-		if len(path) == n {
+		if len(out.Change.Upserts) == n {
 			return r
 		}
 	}

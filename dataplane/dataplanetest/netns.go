@@ -14,7 +14,7 @@ import (
 )
 
 // NeedRoot skips a test that changes the kernel's state, unless DSTM_TEST_ROOT=1 says that it may.
-func NeedRoot(t *testing.T) {
+func NeedRoot(t testing.TB) {
 	t.Helper()
 	if os.Getenv("DSTM_TEST_ROOT") != "1" {
 		t.Skip("needs root: DSTM_TEST_ROOT=1 go test ./dataplane/...")
@@ -24,12 +24,12 @@ func NeedRoot(t *testing.T) {
 // Namespace is a network namespace that lives as long as a test. IPv6 makes no addresses there by itself, so that
 // nobody talks but the test.
 type Namespace struct {
-	t    *testing.T
+	t    testing.TB
 	name string
 }
 
 // NewNamespace makes a namespace whose name ends with the suffix.
-func NewNamespace(t *testing.T, suffix string) *Namespace {
+func NewNamespace(t testing.TB, suffix string) *Namespace {
 	t.Helper()
 	n := &Namespace{t, fmt.Sprintf("dp%d%s", os.Getpid()%100000, suffix)}
 	command(t, "ip", "netns", "add", n.name)
@@ -80,7 +80,7 @@ func (n *Namespace) Sysctl(name, value string) {
 	n.Do(func() error { return os.WriteFile(filepath.Join("/proc/sys", name), []byte(value), 0o644) })
 }
 
-func command(t *testing.T, args ...string) {
+func command(t testing.TB, args ...string) {
 	t.Helper()
 	if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v\n%s", strings.Join(args, " "), err, out)
@@ -88,7 +88,7 @@ func command(t *testing.T, args ...string) {
 }
 
 // PinDir returns a directory for pins that nobody else uses, and removes it after the test.
-func PinDir(t *testing.T) string {
+func PinDir(t testing.TB) string {
 	t.Helper()
 	dir := fmt.Sprintf("/sys/fs/bpf/dstm-test-%d", os.Getpid())
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })

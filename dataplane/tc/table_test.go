@@ -5,21 +5,19 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
-	"os"
 	"slices"
 	"testing"
 
 	"github.com/cilium/ebpf"
 
+	"github.com/dstm-project/dstm/dataplane/dataplanetest"
 	"github.com/dstm-project/dstm/lease"
 )
 
 // newTable returns the map as the programs have it, without programs.
 func newTable(t testing.TB) table {
 	t.Helper()
-	if os.Getenv("DSTM_TEST_ROOT") != "1" {
-		t.Skip("DSTM_TEST_ROOT=1 go test, as root")
-	}
+	dataplanetest.NeedRoot(t)
 	spec, err := loadGateway()
 	if err != nil {
 		t.Fatal(err)
