@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"sync"
 	"testing"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	leasev1 "github.com/dstm-project/dstm/api/lease/v1"
+	"github.com/dstm-project/dstm/internal/rpcload"
 	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/internal/wire"
 	"github.com/dstm-project/dstm/lease"
@@ -68,27 +70,27 @@ func BenchmarkBind(b *testing.B) {
 
 // benchHost is a host that makes load.
 type benchHost struct {
-	*loader
+	*rpcload.Conn
 	source []byte
 	held   *leasev1.LeaseRef
 }
 
 func (w *world) benchHost(name string) *benchHost {
 	w.t.Helper()
-	l, err := load(w.t.Context(), w.addr.String(), w.identity(tlsid.RoleHost, name).Client("lease1.example.net"))
+	c, err := rpcload.Dial(w.t.Context(), &net.Dialer{}, w.addr.String(), w.identity(tlsid.RoleHost, name).Client("lease1.example.net"))
 	if err != nil {
 		w.t.Error(err)
 		return nil
 	}
-	w.t.Cleanup(func() { l.c.Close() })
-	return &benchHost{l, wire.FromAddr6(loopback), wire.FromRef(nobody)}
+	w.t.Cleanup(func() { c.Close() })
+	return &benchHost{c, wire.FromAddr6(loopback), wire.FromRef(nobody)}
 }
 
 func (h *benchHost) bind(b *testing.B) {
 	id := make([]byte, 16)
 	_, _ = rand.Read(id) // never fails
 	var l leasev1.Lease
-	err := h.call(leasev1.Hosts_Bind_FullMethodName, &leasev1.BindRequest{RequestId: id, TunnelSource: h.source}, &l)
+	err := h.Call(leasev1.Hosts_Bind_FullMethodName, &leasev1.BindRequest{RequestId: id, TunnelSource: h.source}, &l)
 	if err != nil || !l.GetInstalled() {
 		b.Errorf("bind: installed %t, %v", l.GetInstalled(), err)
 	}
@@ -100,7 +102,7 @@ func (h *benchHost) release(b *testing.B) {
 	id := make([]byte, 16)
 	_, _ = rand.Read(id) // never fails
 	m := &leasev1.ReleaseRequest{RequestId: id, Lease: h.held, Reason: wire.FromReason(lease.ReasonIdle)}
-	if err := h.call(leasev1.Hosts_Release_FullMethodName, m, &leasev1.ReleaseReply{}); err != nil {
+	if err := h.Call(leasev1.Hosts_Release_FullMethodName, m, &leasev1.ReleaseReply{}); err != nil {
 		b.Errorf("release: %v", err)
 	}
 }
