@@ -82,7 +82,7 @@ soak: ## 10,000 worlds of the simulation, 300 kills of a lease service under loa
 	hack/fuzz 30s
 
 .PHONY: bench
-bench: bench-lease bench-kea bench-size bench-bgp bench-dns bench-path ## measure everything that docs/performance.md shows
+bench: bench-lease bench-kea bench-size bench-attend bench-bgp bench-dns bench-path ## measure everything that docs/performance.md shows
 
 .PHONY: bench-lease
 bench-lease: ## durable leases per second over TLS, on bbolt and on etcd
@@ -102,6 +102,10 @@ bench-size: ## restart, memory and a gateway's first table with 10 thousand to a
 	$(GO) test ./lease -run '^$$' -bench Core -benchtime 1x -count 6 >bin/bench-size.txt
 	DSTM_TEST_ROOT=1 $(GO) test ./cmd -run '^$$' -bench Restart -benchtime 1x -count 6 >>bin/bench-size.txt
 	$(TOOL) benchstat bin/bench-size.txt
+
+.PHONY: bench-attend
+bench-attend: ## idle hosts by the thousand, and all of them coming back after the service was killed
+	hack/bench-attend
 
 .PHONY: bench-bgp
 bench-bgp: ## announcing and withdrawing leases

@@ -11,11 +11,14 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/goccy/go-yaml"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dstm-project/dstm/internal/daemon"
+	"github.com/dstm-project/dstm/internal/pki"
+	"github.com/dstm-project/dstm/internal/tlsid"
 	"github.com/dstm-project/dstm/leasesvc"
 	"github.com/dstm-project/dstm/leasesvc/store/boltstore"
 )
@@ -64,6 +67,9 @@ func TestAlertsAreTested(t *testing.T) {
 		`state="live"} - ignoring (state) dstm_leasesvc_teps{state="serving"}`: `state="member"} - ignoring (state) dstm_leasesvc_teps{state="serving"}`,
 		`state="member"} - ignoring (state) dstm_leasesvc_teps{state="live"}`:  `state="member"} - ignoring (state) dstm_leasesvc_teps{state="serving"}`,
 		`increase(dstm_leasesvc_digest_mismatches_total[15m]) > 0`:             `dstm_leasesvc_digest_mismatches_total > 0`,
+		`< 14 * 86400`: `< 13 * 86400`,
+		`dstm_hostd_tls_certificate_end_timestamp_seconds > 0`:  `dstm_hostd_tls_certificate_end_timestamp_seconds`,
+		`dstm_leasesvc_tls_list_due_timestamp_seconds < time()`: `dstm_leasesvc_tls_list_due_timestamp_seconds < time() - 7200`,
 		`>= 2`:                                `>= 1`,
 		` or absent(up{job="dstm-leasesvc"})`: ``,
 	} {
@@ -140,12 +146,12 @@ func TestAlertMetrics(t *testing.T) {
 			}
 		}
 	}
-	if len(seen) != 7 {
-		t.Errorf("series found: %v, want 7", seen)
+	if len(seen) != 11 {
+		t.Errorf("series found: %v, want 11", seen)
 	}
 }
 
-// registered returns the names of everything that a lease service shows.
+// registered returns the names of everything that a lease service shows, and of what every daemon shows of its certificate.
 func registered(t *testing.T) []string {
 	t.Helper()
 	cfg, err := leasesvc.LoadConfig("leasesvc.yaml")
@@ -166,6 +172,21 @@ func registered(t *testing.T) []string {
 		Store: st, Server: &tls.Config{}, Log: slog.New(slog.DiscardHandler), Registry: reg,
 	}); err != nil {
 		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := pki.Init(dir, "example.net", time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	files, err := pki.Issue(dir, dir, tlsid.ID{TrustDomain: "example.net", Cell: "lab", Role: tlsid.RoleTEP, Name: "tep1"}, pki.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, err := tlsid.Open(files, tlsid.RoleTEP, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, daemon := range []string{"dstm_leasesvc", "dstm_tepd", "dstm_hostd"} {
+		id.Register(reg, daemon)
 	}
 	descs := make(chan *prometheus.Desc)
 	go func() {

@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/renameio/v2"
@@ -153,6 +154,62 @@ func Issue(dir, out string, id tlsid.ID, o Options) (tlsid.Files, error) {
 		return tlsid.Files{}, fmt.Errorf("pki issue %s: %w", id.Name, err)
 	}
 	return f, nil
+}
+
+// Renew replaces a certificate of the root in dir, and the key beside it, by a new certificate and key for the same identity,
+// names and addresses. Running daemons take them without losing a stream. valid 0 = DefaultValid. One that was revoked is not
+// renewed.
+func Renew(dir, cert string, valid time.Duration) (tlsid.Files, error) {
+	stem, ok := strings.CutSuffix(cert, ".pem")
+	f := tlsid.Files{Cert: cert, Key: stem + ".key", CA: filepath.Join(dir, caCert)}
+	if !ok {
+		return tlsid.Files{}, fmt.Errorf("pki renew %s: want NAME.pem, with NAME.key beside it", cert)
+	}
+	if err := renew(dir, f, valid); err != nil {
+		return tlsid.Files{}, fmt.Errorf("pki renew %s: %w", cert, err)
+	}
+	return f, nil
+}
+
+func renew(dir string, f tlsid.Files, valid time.Duration) error {
+	der, err := readPEM(f.Cert, "CERTIFICATE")
+	if err != nil {
+		return err
+	}
+	old, err := x509.ParseCertificate(der)
+	if err != nil {
+		return err
+	}
+	root, _, err := readRoot(dir)
+	if err != nil {
+		return err
+	}
+	if err := old.CheckSignatureFrom(root); err != nil {
+		return fmt.Errorf("it is not of the root in %s: %w", dir, err)
+	}
+	switch der, err := readPEM(filepath.Join(dir, crlFile), "X509 CRL"); {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return err
+	default:
+		list, err := x509.ParseRevocationList(der)
+		if err != nil {
+			return fmt.Errorf("%s: %w", crlFile, err)
+		}
+		if slices.ContainsFunc(list.RevokedCertificateEntries, func(e x509.RevocationListEntry) bool { return e.SerialNumber.Cmp(old.SerialNumber) == 0 }) {
+			return errors.New("it was revoked: issue a new one if its holder is trusted again")
+		}
+	}
+	id, err := tlsid.FromCert(old)
+	if err != nil {
+		return err
+	}
+	o := Options{DNS: old.DNSNames, Valid: valid}
+	for _, ip := range old.IPAddresses {
+		a, _ := netip.AddrFromSlice(ip) // x509 takes no others
+		o.IPs = append(o.IPs, a.Unmap())
+	}
+	return issue(dir, f, id, o)
 }
 
 func issue(dir string, f tlsid.Files, id tlsid.ID, o Options) error {

@@ -2,7 +2,9 @@ package pki
 
 import (
 	"context"
+	"crypto/ecdsa"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"io"
 	"log/slog"
@@ -10,6 +12,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -185,5 +189,52 @@ func TestOpenSaysWhatIsWrong(t *testing.T) {
 				t.Errorf("error %v, want %q in it", err, c.want)
 			}
 		})
+	}
+}
+
+// TestRenew: the same identity, names and addresses, another key; nothing is renewed that this root did not issue, or that was
+// taken back.
+func TestRenew(t *testing.T) {
+	dir, other := newCA(t), newCA(t)
+	o := Options{DNS: []string{"lease1.example.net"}, IPs: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}}
+	f, err := Issue(dir, dir, id(tlsid.RoleSvc, "lease1"), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	read := func() *x509.Certificate {
+		pair, err := tls.LoadX509KeyPair(f.Cert, f.Key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return pair.Leaf
+	}
+	old := read()
+	if got, err := Renew(dir, f.Cert, time.Hour); err != nil || got != f {
+		t.Fatalf("renewed %+v, %v, want %+v", got, err, f)
+	}
+	now := read()
+	if !reflect.DeepEqual(now.URIs, old.URIs) || !slices.Equal(now.DNSNames, old.DNSNames) || !reflect.DeepEqual(now.IPAddresses, old.IPAddresses) {
+		t.Errorf("renewed for %v %v %v, want %v %v %v", now.URIs, now.DNSNames, now.IPAddresses, old.URIs, old.DNSNames, old.IPAddresses)
+	}
+	if now.PublicKey.(*ecdsa.PublicKey).Equal(old.PublicKey) || now.SerialNumber.Cmp(old.SerialNumber) == 0 {
+		t.Error("the key or the serial number stayed")
+	}
+	if left := time.Until(now.NotAfter); left > time.Hour || left < time.Hour/2 {
+		t.Errorf("valid for %s, want an hour", left)
+	}
+	if _, err := Renew(other, f.Cert, 0); err == nil || !strings.Contains(err.Error(), "it is not of the root in "+other) {
+		t.Errorf("renewed by another root: %v", err)
+	}
+	if _, err := Renew(dir, f.Key, 0); err == nil || !strings.Contains(err.Error(), "want NAME.pem") {
+		t.Errorf("a key was renewed: %v", err)
+	}
+	if _, err := Revoke(dir, time.Hour, now.SerialNumber); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Renew(dir, f.Cert, 0); err == nil || !strings.Contains(err.Error(), "it was revoked") {
+		t.Errorf("a revoked certificate was renewed: %v", err)
+	}
+	if again := read(); again.SerialNumber.Cmp(now.SerialNumber) != 0 {
+		t.Error("a refusal changed the file")
 	}
 }
