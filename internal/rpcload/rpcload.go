@@ -82,8 +82,12 @@ func (c *Conn) block(method string, stream bool) []byte {
 	e := hpack.NewEncoder(&b)
 	e.SetMaxDynamicTableSize(0)
 	fields := [][2]string{
-		{":method", "POST"}, {":scheme", "https"}, {":path", method}, {":authority", c.name},
-		{"content-type", "application/grpc"}, {"te", "trailers"},
+		{":method", "POST"},
+		{":scheme", "https"},
+		{":path", method},
+		{":authority", c.name},
+		{"content-type", "application/grpc"},
+		{"te", "trailers"},
 	}
 	if !stream {
 		fields = append(fields, [2]string{"grpc-timeout", callTime})
