@@ -43,7 +43,7 @@ gen: ## regenerate protobuf and BPF code
 .PHONY: check
 check: ## vet, staticcheck, gofumpt
 	$(GO) vet ./...
-	$(GO) vet -tags seedbugs,failpoints ./lease/... ./leasesvc/... ./internal/failpoint
+	$(GO) vet -tags seedbugs,failpoints ./lease/... ./leasesvc/... ./tepd ./internal/failpoint
 	$(TOOL) staticcheck ./...
 	@out=$$($(TOOL) gofumpt -l . | grep -v '\.pb\.go$$' || true); if [ -n "$$out" ]; then echo "not formatted (gofumpt):"; echo "$$out"; exit 1; fi
 

@@ -69,7 +69,9 @@ func TestKilledFindsBugs(t *testing.T) {
 		p.stop(syscall.SIGKILL)
 		p = s.service("")
 		s.working(p, 20)
-		s.compare()
+		if err := s.compare(recovery); err != nil {
+			t.Fatal(err)
+		}
 		p.stop(syscall.SIGKILL)
 		s.mu.Lock()
 		found := len(s.broken)
@@ -83,17 +85,16 @@ func TestKilledFindsBugs(t *testing.T) {
 
 // TestNoFailpoints: the programs that are installed have none of this.
 func TestNoFailpoints(t *testing.T) {
-	path, err := breakable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for file, want := range map[string]bool{path: true, filepath.Join(programs, "leasesvc"): false} {
+	for file, want := range map[string]bool{
+		breakable(t, "leasesvc"): true, filepath.Join(programs, "leasesvc"): false,
+		breakable(t, "tepd"): true, filepath.Join(programs, "tepd"): false,
+	} {
 		b, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if got := bytes.Contains(b, []byte("DSTM_FAILPOINTS")); got != want {
-			t.Errorf("%s knows failpoints: %t, want %t", filepath.Base(file), got, want)
+			t.Errorf("%s knows failpoints: %t, want %t", file, got, want)
 		}
 	}
 }

@@ -3,6 +3,7 @@ package cmd
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"strings"
@@ -146,22 +147,18 @@ func TestMemoryLimit(t *testing.T) {
 
 // TestPartition: gateways that are cut off from the service, both ways and one way, and come back.
 func TestPartition(t *testing.T) {
-	privileged(t)
-	if os.Getenv("DSTM_PARTITION") != "1" { // again, in a network namespace of its own
-		c := exec.Command("unshare", "-n", os.Args[0], "-test.run=^TestPartition$", "-test.v")
-		c.Env = append(os.Environ(), "DSTM_PARTITION=1")
-		out, err := c.CombinedOutput()
-		if err != nil || !strings.Contains(string(out), "--- PASS: TestPartition") {
-			t.Fatalf("%v:\n%s", err, out)
-		}
+	if !alone(t) {
 		return
 	}
-	ran(t, "ip", "link", "set", "lo", "up")
-	for _, name := range []string{"tep1", "tep2"} {
-		ran(t, "ip", "addr", "add", gatewayAddr[name]+"/128", "dev", "lo", "nodad")
+	at := map[string]netip.Addr{"tep1": netip.MustParseAddr("2001:db8::11"), "tep2": netip.MustParseAddr("2001:db8::12")}
+	for _, a := range at {
+		ran(t, "ip", "addr", "add", a.String()+"/128", "dev", "lo", "nodad")
 	}
 	ran(t, "nft", "add table ip6 cut; add chain ip6 cut in { type filter hook input priority 0; }")
-	s := newStand(t, 16, seeded(t)) // each gateway calls an address of its own
+	s := emptyStand(t)
+	s.config("stand.yaml")
+	s.gatewayAt = at
+	s.begin(16, seeded(t))
 	p := s.service("")
 	s.working(p, 50)
 	for _, rule := range []string{
@@ -177,7 +174,7 @@ func TestPartition(t *testing.T) {
 	}
 }
 
-func ran(t *testing.T, name string, args ...string) {
+func ran(t testing.TB, name string, args ...string) {
 	t.Helper()
 	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
 		t.Fatalf("%s %v: %v\n%s", name, args, err, out)

@@ -3,7 +3,6 @@ package cmd
 import (
 	"context"
 	"net/netip"
-	"os"
 	"time"
 
 	"github.com/dstm-project/dstm/internal/tlsid"
@@ -11,9 +10,6 @@ import (
 	"github.com/dstm-project/dstm/lease/replica"
 	"github.com/dstm-project/dstm/leasesvc/leaseclient"
 )
-
-// gatewayAddr is where each gateway finds the service in a namespace where they can be cut off.
-var gatewayAddr = map[string]string{"tep1": "2001:db8::11", "tep2": "2001:db8::12"}
 
 // off takes a gateway off the power for good: it forwards nothing any more, and nobody is told.
 func (s *stand) off(name string) {
@@ -26,8 +22,8 @@ func (s *stand) off(name string) {
 // gateway follows the service from now on, whenever there is one.
 func (s *stand) gateway(name string) {
 	at := s.addrs
-	if os.Getenv("DSTM_PARTITION") == "1" {
-		at = []netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr(gatewayAddr[name]), at[0].Port())}
+	if a, ok := s.gatewayAt[name]; ok {
+		at = []netip.AddrPort{netip.AddrPortFrom(a, at[0].Port())}
 	}
 	c := s.connTo(tlsid.RoleTEP, name, at...)
 	ctx, cancel := context.WithCancel(s.ctx)

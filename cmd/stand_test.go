@@ -31,14 +31,24 @@ import (
 // recovery is how long a service may take until everything works again.
 const recovery = time.Minute
 
-// breakable is the lease service with its failpoints.
-var breakable = sync.OnceValues(func() (string, error) {
-	path := filepath.Join(programs, "leasesvc-failpoints")
-	if out, err := exec.Command("go", "build", "-tags", "failpoints", "-o", path, "./leasesvc").CombinedOutput(); err != nil {
+// buildBreakable makes the daemons with their failpoints.
+var buildBreakable = sync.OnceValues(func() (string, error) {
+	dir := filepath.Join(programs, "failpoints")
+	if out, err := exec.Command("go", "build", "-tags", "failpoints", "-o", dir+"/", "./leasesvc", "./tepd").CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build: %w\n%s", err, out)
 	}
-	return path, nil
+	return dir, nil
 })
+
+// breakable returns the path of a daemon with its failpoints.
+func breakable(t testing.TB, program string) string {
+	t.Helper()
+	dir, err := buildBreakable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(dir, program)
+}
 
 // seeded returns a generator that DSTM_SEED repeats.
 func seeded(t testing.TB) *rand.Rand {
@@ -64,6 +74,9 @@ type stand struct {
 	load  sync.RWMutex // read-locked by a host's call: a write lock finds every host between two calls
 	wg    sync.WaitGroup
 	gone  map[string]context.CancelFunc // takes a gateway off
+	// gatewayAt is the address at which a gateway calls the service; none = where hosts do.
+	gatewayAt map[string]netip.Addr
+	tepd      *gatewayProcess // one that is real; nil = none
 
 	refusals atomic.Int64 // binds that found no address
 
@@ -133,11 +146,17 @@ func (s *stand) config(name string, edits ...string) {
 // begin makes the store and starts gateways and hosts, which wait for a service.
 func (s *stand) begin(hosts int, rnd *rand.Rand) {
 	s.t.Helper()
+	s.beginWith(hosts, rnd, "tep1", "tep2")
+}
+
+// beginWith is begin with some of the gateways.
+func (s *stand) beginWith(hosts int, rnd *rand.Rand, gateways ...string) {
+	s.t.Helper()
 	if out, code := s.run(nil, "leasesvc", "--create-store", "-c", s.path("stand.yaml")); code != 0 {
 		s.t.Fatal(out)
 	}
 	s.noc = s.conn(tlsid.RoleOperator, "noc")
-	for _, name := range []string{"tep1", "tep2"} {
+	for _, name := range gateways {
 		s.gateway(name)
 	}
 	for i := range hosts {
@@ -255,7 +274,7 @@ func (s *stand) release(c *leaseclient.Conn, name string) {
 	}
 }
 
-// process is a running lease service.
+// process is a running daemon.
 type process struct {
 	*exec.Cmd
 	out  bytes.Buffer
@@ -271,18 +290,22 @@ func (s *stand) service(failpoints string, wrap ...string) *process {
 
 func (s *stand) serviceOf(config, failpoints string, wrap ...string) *process {
 	s.t.Helper()
-	path, err := breakable()
-	if err != nil {
-		s.t.Fatal(err)
+	here := func(f func() error) {
+		if err := f(); err != nil {
+			s.t.Fatal(err)
+		}
 	}
-	args := append(wrap, path, "-c", s.path(config))
+	return s.startIn(here, failpoints, append(wrap, breakable(s.t, "leasesvc"), "-c", s.path(config))...)
+}
+
+// startIn starts a program, or one that starts it, with failpoints, on the thread that a function chooses.
+func (s *stand) startIn(place func(func() error), failpoints string, args ...string) *process {
+	s.t.Helper()
 	p := &process{Cmd: exec.Command(args[0], args[1:]...), done: make(chan struct{})}
 	p.Env = append(os.Environ(), "DSTM_FAILPOINTS="+failpoints, "DSTM_WALL="+s.path("wall"))
 	p.Stdout, p.Stderr = &p.out, &p.out
 	p.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a tracer and what it traces end together
-	if err := p.Start(); err != nil {
-		s.t.Fatal(err)
-	}
+	place(p.Start)
 	go func() {
 		defer close(p.done)
 		p.err = p.Wait()
@@ -342,11 +365,14 @@ func (s *stand) workingAny(n int) {
 // acknowledged is lost, and there is nothing else. Every rule must have been kept until then.
 func (s *stand) settled() {
 	s.t.Helper()
-	s.compare()
+	if err := s.compare(recovery); err != nil {
+		s.t.Fatal(err)
+	}
 	s.kept()
 }
 
-func (s *stand) compare() {
+// compare gives the gateways that long.
+func (s *stand) compare(patience time.Duration) error {
 	s.t.Helper()
 	s.load.Lock()
 	defer s.load.Unlock()
@@ -378,19 +404,24 @@ func (s *stand) compare() {
 		}
 	}
 	s.mu.Unlock()
-	for end := time.Now().Add(recovery); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		differs := s.differs(bound)
 		if differs == "" {
-			return
+			return nil
 		}
 		if time.Now().After(end) {
-			s.t.Fatalf("gateway %s does not hold the %d leases of the service", differs, len(bound))
+			return fmt.Errorf("gateway %s does not hold the %d leases of the service", differs, len(bound))
 		}
 	}
 }
 
 // differs names a gateway that holds something else.
 func (s *stand) differs(bound map[lease.Resource]lease.Gen) string {
+	if s.tepd != nil {
+		if have, err := s.tepd.table(); err != nil || !maps.Equal(have, bound) {
+			return s.tepd.name
+		}
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for name, t := range s.tables {

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"time"
 
+	"github.com/dstm-project/dstm/internal/failpoint"
 	"github.com/dstm-project/dstm/lease"
 	"github.com/dstm-project/dstm/lease/replica"
 )
@@ -190,7 +191,13 @@ func (g *Gateway) do(ctx context.Context, st Stream, out replica.Out) error {
 			for _, n := range out.Ack.Nacks {
 				g.Log.Error("record refused", "addr", n.Resource.String(), "gen", n.Gen.String(), "reason", n.Reason)
 			}
+			if err := failpoint.Hit("tepd-before-ack"); err != nil {
+				return err
+			}
 			if err := st.Ack(*out.Ack); err != nil {
+				return err
+			}
+			if err := failpoint.Hit("tepd-after-ack"); err != nil {
 				return err
 			}
 		}
@@ -198,11 +205,14 @@ func (g *Gateway) do(ctx context.Context, st Stream, out replica.Out) error {
 			return nil
 		}
 		change := out.Change
-		if err := g.apply(ctx, change); err != nil {
+		err := failpoint.Hit("tepd-before-apply")
+		if err == nil {
+			err = g.apply(ctx, change)
+		}
+		if err != nil {
 			g.failed()
 			return fmt.Errorf("packet path: %w", err)
 		}
-		var err error
 		out, err = g.with(ctx, func(r *replica.Replica) (replica.Out, error) { return r.Applied(change.Rev), nil })
 		if err != nil {
 			return err
@@ -215,6 +225,9 @@ func (g *Gateway) do(ctx context.Context, st Stream, out replica.Out) error {
 func (g *Gateway) apply(ctx context.Context, c *replica.Change) error {
 	begun := time.Now()
 	defer func() { g.metrics.applySeconds.Observe(time.Since(begun).Seconds()) }()
+	if failpoint.Hit("bug-not-applied") != nil {
+		return nil
+	}
 	if c.Pools {
 		if err := g.setPools(ctx, g.rep.Pools()); err != nil {
 			return err
