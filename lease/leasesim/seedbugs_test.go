@@ -38,6 +38,7 @@ var seededBugs = []seededBug{
 	{"I10", "counts itself", replica.PlantBug, 50, nil},
 	{"I10", "answer of a stranger", replica.PlantBug, 100, slow},
 	{"I10", "answer to an earlier question", replica.PlantBug, 200, slow},
+	{"F9", "others of an older reply", replica.PlantBug, 300, slow},
 	{"I10", "never asks", nil, 50, steady},
 	{"I12", "any cluster", replica.PlantBug, 50, nil},
 	{"I13", "refused for ever", replica.PlantBug, 50, nil},

@@ -29,9 +29,11 @@ type static struct {
 
 // answered notes a session reply.
 func (s *static) answered(m lease.SessionReply, now uint64) {
-	s.others = slices.Clone(m.Others)
-	s.grant, s.limit = m.GrantNS, max(s.limit, m.EchoBootNS+m.FailStaticNS)
-	s.period, s.heard = m.NextBeatNS, now
+	if m.ServiceNS >= s.echo || seeded("others of an older reply") {
+		// The heartbeats say which reply is the newest: the service counts on its list, also if an older one comes late.
+		s.others, s.grant, s.period = slices.Clone(m.Others), m.GrantNS, m.NextBeatNS
+	}
+	s.limit, s.heard = max(s.limit, m.EchoBootNS+m.FailStaticNS), now
 	if s.began == 0 || now > s.until {
 		s.began = now
 	}

@@ -66,6 +66,17 @@ func TestGoOn(t *testing.T) {
 			t.Error("alone although nobody has a session")
 		}
 	})
+	t.Run("an older reply comes late", func(t *testing.T) {
+		r := inSession(t, two...)
+		rep := reply(1, 100, 0)
+		rep.NextBeatNS, rep.FailStaticNS, rep.ServiceNS, rep.Others = 250, 5000, 76, two[:1]
+		if _, err := r.Session(rep, 120); err != nil {
+			t.Fatal(err)
+		}
+		if q := ask(t, r, 400); !cmp.Equal(q.Others, two, equate) {
+			t.Errorf("asks %v, want those of the newest reply: %v", q.Others, two)
+		}
+	})
 	t.Run("answers of an older question", func(t *testing.T) {
 		r := inSession(t, two[:1]...)
 		ask(t, r, 400)
